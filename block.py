@@ -1,20 +1,22 @@
 """block.py: what Mamba wraps around the scan: gate, short convolution, norm, residual.
 
-    a, z = in_proj(norm(x))                          widen d_model to twice d: a goes in, z is the gate
-    y    = S6(SiLU(conv(a)))                         each token meets the three before it, then the state
-    x    = x + out_proj(y · SiLU(z))                 the gate lets through what this token needs; add to the stream
+    a, z = in_proj(norm(x))              widen d_model to twice d: a goes in, z is the gate
+    y    = S6(SiLU(conv(a)))             each token meets the three before it, then the state
+    x    = x + out_proj(y · SiLU(z))     the gate lets through what this token needs
 
-One block does the work of a Transformer's two (attention and MLP): mixing along the sequence is S6, mixing along
-the channels is in_proj and out_proj. The convolution is causal and four tokens long; it gives Δ, B and C a glimpse
-of the neighbourhood, so that "write this down" can depend on more than one token.
+One block does the work of a Transformer's two: S6 mixes along the sequence, as attention does, and
+in_proj and out_proj mix along the channels, as the MLP does. The convolution is causal and four
+tokens long. It gives Δ, B and C a glimpse of the neighbourhood, so that "write this down" can
+depend on more than one token.
 
-A block can stop and go on: `State` is all it remembers of a sequence of any length, a window of the last three
-inputs of the convolution and the state h of the scan.
+A block can stop and go on. `State` is all it remembers of a sequence, however long: a window of the
+convolution's last three inputs, and the state h of the scan.
 
-Symbols: the glossary of s6.py; besides, d_model is the width of the residual stream, d = 2 d_model that inside.
-Left out: dropout, and the fused kernel's trick of computing the gate inside the scan.
+Symbols: the glossary of s6.py; besides, d_model is the width of the residual stream, and d that
+inside the block, twice as wide. Left out: dropout, and the fused kernel's trick of computing the
+gate within the scan.
 Read before: s6.py. Read next: vision.py, the same block for images.
-Source: Gu & Dao 2023, section 3.4 and figure 3; initialisation as in the authors' code (state-spaces/mamba, 1.x).
+Source: Gu & Dao 2023, section 3.4 and figure 3; initialisation as in the authors' code.
 """
 from typing import NamedTuple
 
@@ -25,11 +27,11 @@ import torch.nn.functional as F
 from s6 import S6
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The parts: a norm, a short causal convolution, and padding moved out of the way.
+# --------------------------------------------------------------------------------------------------
+# The parts: a norm, a short causal convolution, and the path from one to the scan.
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension: a LayerNorm without centring (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x²) + eps) · weight, over the last dimension (Zhang & Sennrich 2019)."""
 
     def __init__(self, d_model, eps=1e-5):
         super().__init__()
@@ -40,78 +42,77 @@ class RMSNorm(nn.Module):
 
 
 def causal_conv(x, weight, bias, window=None):
-    """y_t = bias + Σ_i weight_i x_{t-w+1+i}, i = 0 … w-1, each channel for itself: (b, l, d) -> (b, l, d).
+    """y_t = bias + Σ_i weight_i x_{t-w+1+i}, i = 0 … w-1, channel by channel: (b, l, d) both.
 
-    weight (d, 1, w); window (b, w-1, d) holds the inputs before the first token, zeros if there is none.
+    weight (d, 1, w), bias (d,); window (b, w-1, d): the inputs before the first token, None for 0.
     """
-    (_, l, d), width = x.shape, weight.shape[-1]
+    (_, l, d), padding = x.shape, weight.shape[-1] - 1
     if window is not None:
-        x, width = torch.cat([window.to(x.dtype), x], 1), 1                  # (b, w-1+l, d); nothing left to pad
-    # (b, l, d) in memory is an image of l×1 pixels with its d channels last, the layout in which PyTorch's 2-d
-    # convolution is fast: a conv1d on (b, d, l) would transpose twice, at half the cost of the scan.
-    image = x.transpose(1, 2).unsqueeze(2)                                   # (b, d, 1, l)
-    y = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, width - 1), groups=d)
+        x, padding = torch.cat([window.to(x.dtype), x], 1), 0                  # (b, w-1+l, d)
+    # (b, l, d) in memory is an image of 1×l pixels with its d channels last, the layout that suits
+    # PyTorch's 2-d convolution. A conv1d would copy x to (b, d, l) and y back, half the cost again.
+    image = x.transpose(1, 2).unsqueeze(2)                                     # (b, d, 1, l)
+    y = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, padding), groups=d)
     return y.squeeze(2)[:, :, :l].transpose(1, 2)
 
 
-def _take(x, index):
-    """Reorder tokens: x (b, l, d), index (b, k) -> (b, k, d) with x[:, index]."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
 class State(NamedTuple):
-    """What a block remembers of the tokens it has read; its size does not depend on their number."""
+    """What a block remembers of the tokens it has read. Its size is the same after any number."""
     window: torch.Tensor     # (b, w-1, d) the last inputs of the convolution
     h: torch.Tensor          # (b, d, n)   the state of the scan
 
 
+def _take(x, index):
+    """Tokens by their places: x (b, l, d), index (b, k) -> (b, k, d)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
 class ConvS6(nn.Module):
-    """a ↦ S6(SiLU(conv(a))): (b, l, d) -> (b, l, d). One reading of a sequence, in one direction."""
+    """a ↦ S6(SiLU(conv(a))), (b, l, d) both: one reading of a sequence, in one direction."""
 
     def __init__(self, d, n=16, dt_rank=None, d_conv=4):
         super().__init__()
-        self.conv1d = nn.Conv1d(d, d, d_conv, groups=d)                      # holds the weights; see causal_conv
+        self.conv1d = nn.Conv1d(d, d, d_conv, groups=d)     # holds the weights: see causal_conv
         self.s6 = S6(d, n, dt_rank)
 
     def forward(self, a, state=None, mask=None, *, method="auto", return_state=False):
-        """a (b, l, d) -> y, and with return_state the State after the last token.
+        """a (b, l, d) -> y (b, l, d), and with return_state the State after the last token.
 
-        state   a State to go on from
-        mask    (b, l), 0 for padding, wherever it stands: the state passes over it as if it were not there, and
-                y is 0 there
+        state   the State to go on from, or None
+        mask    (b, l) or None: 0 for padding, wherever it stands. The state passes over padding as
+                if it were not there, and y is 0 there
         """
+        order = None
         if mask is not None:
-            # The convolution would see padding between two words. So padding moves behind the last real token,
-            # where a causal model does not look, and y moves back.
-            order = torch.argsort(mask.bool().logical_not(), dim=1, stable=True)         # real tokens first
-            a, mask_sorted = _take(a, order), mask.gather(1, order)
-        else:
-            order = mask_sorted = None
+            # The convolution would see padding between two words. So padding moves behind the last
+            # real token, where a causal model does not look, and in the end y moves back.
+            order = torch.argsort((mask == 0).int(), dim=1, stable=True)
+            a = _take(a, order)
         window, h0 = (None, None) if state is None else state
         out = F.silu(causal_conv(a, self.conv1d.weight, self.conv1d.bias, window))
-        out = self.s6(out, h0, mask_sorted, method=method, return_state=return_state)
+        out = self.s6(out, h0, None if mask is None else mask.gather(1, order), method=method,
+                      return_state=return_state)
         y, h = out if return_state else (out, None)
         if mask is not None:
             y = _take(y, torch.argsort(order, dim=1)) * mask.unsqueeze(-1).to(y.dtype)
-        if not return_state:
-            return y
-        return y, State(self._next_window(a, window, mask), h)
+        return (y, State(self._next_window(a, window, mask), h)) if return_state else y
 
     def _next_window(self, a, window, mask):
         """The last w-1 real tokens of window and a, (b, w-1, d)."""
         b, l, d = a.shape
         size = self.conv1d.kernel_size[0] - 1
         window = a.new_zeros(b, size, d) if window is None else window.to(a.dtype)
-        count = torch.full((b,), l, device=a.device) if mask is None else mask.bool().sum(1)
-        last = count.unsqueeze(1) + torch.arange(size, device=a.device)      # real token j stands at w-1+j
+        count = torch.full((b,), l, device=a.device) if mask is None else (mask != 0).sum(1)
+        # Behind the window, real token j stands at size + j: the last `size` of them at count + …
+        last = count.unsqueeze(1) + torch.arange(size, device=a.device)        # (b, w-1)
         return _take(torch.cat([window, a], 1), last)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The block.
 
 class Mamba(nn.Module):
-    """The mixer: (b, l, d_model) -> (b, l, d_model), without norm and residual. Arguments of forward as in ConvS6."""
+    """The mixer, without norm and residual: (b, l, d_model) both. Its forward is as ConvS6's."""
 
     def __init__(self, d_model, n=16, expand=2, dt_rank=None, d_conv=4):
         super().__init__()
@@ -121,15 +122,15 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(d, d_model, bias=False)
 
     def forward(self, x, state=None, mask=None, *, method="auto", return_state=False):
-        a, z = self.in_proj(x).chunk(2, dim=-1)                              # (b, l, d) twice
+        a, z = self.in_proj(x).chunk(2, dim=-1)                                # (b, l, d) each
         out = self.path(a, state, mask, method=method, return_state=return_state)
         y, state = out if return_state else (out, None)
-        y = self.out_proj(y * F.silu(z))                                     # (b, l, d_model)
+        y = self.out_proj(y * F.silu(z))                                       # (b, l, d_model)
         return (y, state) if return_state else y
 
 
 class MambaBlock(nn.Module):
-    """x ↦ x + Mamba(norm(x)): pre-norm and residual. Padded tokens come out as they went in."""
+    """x ↦ x + Mamba(norm(x)): pre-norm and residual. Padding comes out as it went in."""
 
     def __init__(self, d_model, n=16, expand=2, dt_rank=None, d_conv=4):
         super().__init__()
@@ -137,16 +138,16 @@ class MambaBlock(nn.Module):
         self.mixer = Mamba(d_model, n, expand, dt_rank, d_conv)
 
     def forward(self, x, state=None, mask=None, *, method="auto", return_state=False):
-        """x (b, l, d_model) -> (b, l, d_model), and with return_state the State after the last token."""
+        """x (b, l, d_model) -> the same shape, and with return_state the State after x."""
         out = self.mixer(self.norm(x), state, mask, method=method, return_state=return_state)
         return (x + out[0], out[1]) if return_state else x + out
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training: how a stack starts, and what weight decay must leave alone.
 
 def scale_residuals(blocks):
-    """Divide every out_proj by √N, for N blocks: their sum then starts as large as one of them (GPT-2's scheme)."""
+    """Divide each out_proj by √N, for N blocks: their sum starts as large as one (as in GPT-2)."""
     with torch.no_grad():
         for block in blocks:
             for name, weight in block.named_parameters():
@@ -157,11 +158,13 @@ def scale_residuals(blocks):
 def parameter_groups(model, weight_decay):
     """Groups for the optimizer: weight decay for matrices and kernels alone.
 
-    A_log, D, biases, norms and position tables are scales and offsets whose natural value is not 0: decay on A_log,
-    say, would pull every A towards -1 and so every channel's memory towards one and the same length.
+    A_log, D, biases, norms and tables of positions are scales and offsets, and zero is no natural
+    value for them: decay on A_log would pull every A towards -1, and so the memories of all
+    channels towards one length.
     """
     decayed, spared = [], []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim >= 2 and not name.endswith(("A_log", "position"))
         (decayed if matrix else spared).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [{"params": decayed, "weight_decay": weight_decay},
+            {"params": spared, "weight_decay": 0.0}]

@@ -1,26 +1,26 @@
 """rnn.py: what came before: recurrences whose dynamics do not look at the input.
 
-    h_t = tanh(W x_t + U h_{t-1} + b)                the vanilla RNN (Elman 1990)
+    h_t = tanh(W x_t + U h_{t-1} + b)             the vanilla RNN (Elman 1990)
 
-Beside S6: the map from h_{t-1} to h_t is the same at every step, so that what to keep and what to forget cannot
-depend on the token; and tanh stands between the steps, so that no prefix scan can compute them side by side. The
-gradient passes through U once per token: it fades or explodes with length, unless U starts as a rotation.
+Beside S6: U is the same at every step, so that what to keep and what to forget cannot depend on the
+token as it does there; and tanh stands between the steps, so that no prefix scan can compute them
+side by side. The gradient passes through U once per token, and fades or explodes with length.
 
-Left out: gates (LSTM, GRU), the older answer to the same question. The time loop is PyTorch's own, since it is a
-baseline and no part of what this project explains; test_scan.py compares it to the equation above.
-Read before: vision.py, whose ImageClassifier gives this body the same stem, pooling and head as Mamba.
+Left out: gates (LSTM, GRU), the older answer to the same question. The time loop is PyTorch's own:
+a baseline is no part of what this project explains. test_scan.py holds it to the equation above.
+Read before: vision.py, whose ImageClassifier gives this body the same stem, pooling and head.
 """
 import torch.nn as nn
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The vanilla RNN.
 
 class RNN(nn.Module):
     """x (b, l, d_model) -> states of the top layer (b, l, hidden), from a first state of zero.
 
-    hidden=64, layers=2 with pool="last" and stem="patch" is the classic; the default of train_mnist.py is as wide
-    as Mamba has parameters. U starts orthogonal: the usual uniform start trains, but later and worse.
+    hidden=64, layers=2, read at the last token from bare patches, is the classic of tutorials;
+    train_mnist.py chooses `hidden` so that it has as many parameters as Mamba.
     """
 
     def __init__(self, d_model, hidden, layers=2):
@@ -28,7 +28,7 @@ class RNN(nn.Module):
         self.rnn = nn.RNN(d_model, hidden, layers, batch_first=True)
         for name, weight in self.rnn.named_parameters():
             if name.startswith("weight_hh"):
-                nn.init.orthogonal_(weight)
+                nn.init.orthogonal_(weight)      # a rotation fades later than a random matrix
 
     def forward(self, x):
         return self.rnn(x)[0]

@@ -1,44 +1,49 @@
 """s6.py: one equation, and three ways to compute it.
 
-    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t            the state: what is remembered of x_1 … x_t
-    y_t = C_t h_t + D x_t                             the output: what is read from it
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        the state: what is remembered of x_1 … x_t
+    y_t = C_t h_t + D x_t                         the output: what is read from it
 
-This is the selective scan (S6) of Mamba. Δ, B and C are computed from x itself, so each token decides how much
-of the past to keep (Δ → 0 keeps everything, Δ → ∞ keeps nothing), where to write (B) and what to read (C).
+This is the selective scan (S6) of Mamba. Δ, B and C are computed from x itself, so each token
+decides how much of the past to keep (Δ → 0 keeps everything, Δ → ∞ keeps nothing), where to write
+(B) and what to read (C).
 
-    definition()                          the equation, word for word; every other way is measured against it
-    selective_scan(method="sequential")   one loop over time, compiled by TorchScript, gradient derived by hand
-    selective_scan(method="parallel")     the sequence cut into pieces, all scanned at once, joined by a prefix scan
+    definition()                          the equation, word for word: what all else is held to
+    selective_scan(method="sequential")   a compiled loop over time, its gradient derived by hand
+    selective_scan(method="parallel")     pieces of the sequence side by side, and a prefix scan
     class S6                              Algorithm 1 of the paper: makes Δ, B, C from x, and scans
 
-Left out: the CUDA kernel. What it computes is here; `python s6.py` shows how time and memory grow with length
-(about a minute on two cores; prints a table, writes figures/scan_scaling.png).
+Left out: the CUDA kernel. What it computes is here. `python s6.py` shows how time and memory grow
+with length: about a minute on two cores, a table, and figures/scan_scaling.png.
 
 Read next: test_scan.py, why you may believe this file; then block.py, what Mamba wraps around it.
-Source: Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", sections 2 and 3.
+Source: Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+sections 2 and 3.
 
-The glossary (the other files use the same names; the example is the model of train_mnist.py)
+The glossary. The other files use the same names; the examples are those of train_mnist.py.
 
-    symbol    shape       meaning                                                        example
-    b         int         sequences in the batch                                         64
-    l         int         length: tokens in a sequence                                   49 patches of a digit
-    d         int         channels; each has a state of its own                          128
-    n         int         numbers in one channel's state                                 16
-    x         (b, l, d)   input                                                          a feature of a patch
-    delta Δ   (b, l, d)   step size, > 0: how long the state looks at this token         0.001 … 0.1
-    A         (d, n)      < 0: how fast each number forgets, per unit of Δ               -1, -2, … -16
+    symbol    shape       meaning                                                 example
+    b         int         sequences in the batch                                  64
+    l         int         length: tokens in a sequence                            49 patches
+    d         int         channels; each has a state of its own                   128
+    n         int         numbers in one channel's state                          16
+    x         (b, l, d)   input                                                   a feature
+    delta Δ   (b, l, d)   step size, > 0: how long the state looks at a token     0.001 … 0.1
+    A         (d, n)      < 0: how fast a number is forgotten, per unit of Δ      -1, -2, … -16
     B         (b, l, n)   where x_t is written in the state
     C         (b, l, n)   how the state is read
-    D         (d,)        skip: what goes from x_t to y_t past the state                 1
+    D         (d,)        skip: what goes from x_t to y_t past the state          1
     h         (b, d, n)   state; h0 before the first token
     y         (b, l, d)   output
-    A_bar Ā   (b, d, n)   exp(Δ_t A), in (0, 1]: the part of the state that survives     exp(-0.01) = 0.99
-    u         (b, l, d)   Δ_t x_t: what B_t spreads over the state
+    A_bar Ā   (b, d, n)   exp(Δ_t A), in (0, 1]: the part of a state that stays   exp(-0.01) = 0.99
+    u         (b, l, d)   what B_t spreads over the state: Δ_t x_t (zoh: x_t)
     g         (b, d, n)   gradient of the loss with respect to h_t
 """
 # No `from __future__ import annotations` here: TorchScript reads the annotations of this file.
+import csv
 import math
 import os
+import platform
+import tempfile
 import time
 import warnings
 from typing import Optional, Tuple
@@ -49,59 +54,64 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The definition: slow, obvious, and differentiable by autograd.
 
 def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
     """The equation, word for word, one token after the other: -> y (b, l, d), last state (b, d, n).
 
-    Shapes and ranges as in the glossary. Nothing here is clever, so that one can believe it by reading it.
-    "zoh" holds x constant during a step and solves h' = A h + B x exactly (equation 4 of the paper);
-    "euler" replaces its B̄ = (exp(ΔA) - 1)/A B by ΔB, with a relative error of about |ΔA|/2: Mamba trains so.
+    Shapes and ranges as in the glossary. Nothing here is clever: one can believe it by reading it.
+    "zoh" holds x constant during a step and solves h' = A h + B x exactly (equation 4 of the
+    paper). "euler" replaces its B̄ = (exp(ΔA) - 1)/A B by ΔB, a relative error of about |ΔA|/2:
+    Mamba trains so.
     """
-    h = x.new_zeros(x.shape[0], *A.shape) if h0 is None else h0              # (b, d, n)
+    h = x.new_zeros(x.shape[0], *A.shape) if h0 is None else h0                # (b, d, n)
     ys = []
     for t in range(x.shape[1]):
-        delta_A = delta[:, t, :, None] * A                                   # (b, d, n)
-        A_bar = torch.exp(delta_A)                                           # (b, d, n)
+        delta_A = delta[:, t, :, None] * A                                     # (b, d, n)
+        A_bar = torch.exp(delta_A)                                             # (b, d, n)
         B_bar = torch.expm1(delta_A) / A if discretization == "zoh" else delta[:, t, :, None]
-        h = A_bar * h + B_bar * B[:, t, None, :] * x[:, t, :, None]          # (b, d, n)
-        ys.append((h * C[:, t, None, :]).sum(-1))                            # (b, d)
-    y = torch.stack(ys, 1)                                                   # (b, l, d)
+        h = A_bar * h + B_bar * B[:, t, None, :] * x[:, t, :, None]            # (b, d, n)
+        ys.append((h * C[:, t, None, :]).sum(-1))                              # (b, d)
+    y = torch.stack(ys, 1)                                                     # (b, l, d)
     return (y if D is None else y + D * x), h
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The sequential scan: a loop forward, a loop back. The gradient of a recurrence is a recurrence.
 #
-# Autograd could differentiate `definition`, but it would keep half a dozen tensors of the state's size for every
-# token, and the gradient of each `delta[:, t]` would be a tensor of zeros as long as the sequence: O(l²) work.
-# So both loops are written out. What makes them fast (a time step is a handful of passes over the state):
-#   - inside the loops a state is (b, n, d): with the channels innermost every pass runs along memory, and the
-#     sums over n (for y) and over d (for the gradients of B and C) are thin matrix products;
+# Autograd could differentiate `definition`, but it would keep half a dozen tensors of the state's
+# size for every token, and the gradient of each `delta[:, t]` would be a tensor of zeros as long as
+# the sequence: O(l²) work. So both loops are written out. A time step is a handful of passes over
+# the state, and these are what make the passes few and fast:
+#   - inside the loops a state is (b, n, d): with the channels innermost every pass runs along
+#     memory, and the sums over n (for y) and over d (for ∂B and ∂C) are thin matrix products;
 #   - Ā and B̄ exist one time step at a time, in buffers that are used again, never as (b, l, n, d);
-#   - only every `keep`-th state survives the forward loop. The backward loop computes the ones between again, a
-#     chunk at a time: with keep ≈ √l that is √l states to keep and √l to hold, for one more forward pass.
+#   - only every `keep`-th state survives the forward loop. The backward loop computes those between
+#     again, a chunk at a time: with keep ≈ √l that is √l states to keep and √l to hold at a time,
+#     for one more forward pass.
 
 def _script(function):
-    """Compile with TorchScript where it exists; elsewhere (Python ≥ 3.14, or no source) run the same code eagerly.
+    """Compile with TorchScript, or return the function as it is where TorchScript does not work.
 
-    TorchScript is deprecated, and its warning is not the reader's concern: exactly that warning is silenced.
+    It is deprecated, and unsupported on Python ≥ 3.14. Its warning is not the reader's concern, and
+    exactly that warning is silenced.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
         try:
             return torch.jit.script(function)
-        except (RuntimeError, OSError, TypeError, AttributeError, NotImplementedError):
+        except Exception:        # which one depends on why: no source, no support, a new Python
             return function
 
 
 @_script
-def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Optional[Tensor], h: Tensor, keep: int, zoh: bool
-             ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Scan from state h: -> y (b, l, d), every keep-th state (⌈l/keep⌉, b, n, d), last state (b, n, d).
+def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Optional[Tensor], h: Tensor,
+             keep: int, zoh: bool) -> Tuple[Tensor, Tensor, Tensor]:
+    """Scan from state h: -> y (b, l, d), every keep-th state (l/keep, b, n, d), last state.
 
-    u (b, l, d) is Δx, and x itself if zoh; A (n, d); h (b, n, d). Without C no output is computed and y is empty.
+    u (b, l, d) is Δx, or x itself if zoh; delta (b, l, d); A (n, d); B, C (b, l, n); h (b, n, d).
+    Without C no output is computed, and y is empty.
     """
     b, l, d = u.shape
     n = A.shape[0]
@@ -110,13 +120,14 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Optional[Tensor]
     kept = torch.empty([(l + keep - 1) // keep, b, n, d], dtype=h.dtype, device=h.device)
     # Time comes first in y, so that the matrix products below write to contiguous memory.
     y = torch.empty([l if C is not None else 0, b, 1, d], dtype=h.dtype, device=h.device)
-    y_t, kept_t = y.unbind(0), kept.unbind(0)
-    u_t, delta_t, B_t = u.split(1, 1), delta.split(1, 1), B.unsqueeze(3).unbind(1)   # (b, 1, d) twice, (b, n, 1)
-    C_t = C.split(1, 1) if C is not None else u_t                                    # (b, 1, n)
+    u_t, delta_t = u.split(1, 1), delta.split(1, 1)                            # (b, 1, d)
+    B_t = B.unsqueeze(3).unbind(1)                                             # (b, n, 1)
+    C_t = C.split(1, 1) if C is not None else u_t                              # (b, 1, n)
+    y_t, kept_t = y.unbind(0), kept.unbind(0)                       # (b, 1, d), (b, n, d)
     for t in range(l):
         if t % keep == 0:
             kept_t[t // keep].copy_(h)
-        torch.mul(delta_t[t], A, out=A_bar)                                  # (b, n, d)
+        torch.mul(delta_t[t], A, out=A_bar)                                    # (b, n, d)
         if zoh:
             # h_t = h_{t-1} + (exp(ΔA) - 1)(h_{t-1} + B x / A): the state relaxes towards -B x / A
             h.addcmul_(A_bar.expm1_(), torch.addcdiv(h, B_t[t] * u_t[t], A))
@@ -124,19 +135,20 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Optional[Tensor]
             # h_t = exp(Δ_t A) h_{t-1} + B_t (Δ_t x_t)
             h.mul_(A_bar.exp_()).addcmul_(B_t[t], u_t[t])
         if C is not None:
-            torch.bmm(C_t[t], h, out=y_t[t])                                 # y_t = Σ_n C_t h_t   (b, 1, d)
+            torch.bmm(C_t[t], h, out=y_t[t])                                   # y_t = Σ_n C_t h_t
     return y.squeeze(2).transpose(0, 1), kept, h
 
 
 @_script
-def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, kept: Tensor,
-              keep: int, zoh: bool) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The adjoint of `_forward`: -> gradients of u, of Δ (through Ā alone), of A, B, C, and of the first state.
+def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+              kept: Tensor, keep: int, zoh: bool
+              ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The adjoint of `_forward`: -> gradients of u, Δ (through Ā alone), A, B, C, and first state.
 
-    grad_y (b, l, d); g (b, n, d) is the gradient of the last state. With Ā_t = exp(Δ_t A), Euler:
-        g_t          = C_t ȳ_t + Ā_{t+1} g_{t+1}            the recurrence again, from the end, with C_t in B_t's place
-        ∂u_t         = Σ_n g_t B_t            ∂B_t = Σ_d g_t u_t            ∂C_t = Σ_d h_t ȳ_t
-        ∂(Δ_t A)     = Ā_t g_t h_{t-1} =: q   ∂Δ_t = Σ_n q A                ∂A  += q Δ_t
+    grad_y (b, l, d) is ȳ; g (b, n, d) is the gradient of the last state. With Ā_t = exp(Δ_t A),
+        g_t       = C_t ȳ_t + Ā_{t+1} g_{t+1}     the recurrence again, from the end, C in B's place
+        ∂u_t      = Σ_n g_t B_t                   ∂B_t = Σ_d g_t u_t             ∂C_t = Σ_d h_t ȳ_t
+        ∂(Δ_t A)  = Ā_t g_t h_{t-1} =: q          ∂Δ_t = Σ_n q A                 ∂A  += q Δ_t
     """
     b, l, d = u.shape
     n = A.shape[0]
@@ -146,18 +158,22 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
     grad_delta = torch.empty_like(grad_u)
     grad_B = torch.empty([l, b, 1, n], dtype=g.dtype, device=g.device)
     grad_C = torch.empty_like(grad_B)
+    grad_u_t, grad_delta_t = grad_u.unbind(0), grad_delta.unbind(0)            # (b, 1, d)
+    grad_B_t, grad_C_t = grad_B.unbind(0), grad_C.unbind(0)                    # (b, 1, n)
+    u_t, delta_t, grad_y_t = u.split(1, 1), delta.split(1, 1), grad_y.split(1, 1)      # (b, 1, d)
+    B_t, C_t = B.unsqueeze(3).unbind(1), C.unsqueeze(3).unbind(1)              # (b, n, 1)
+    B_row = B.split(1, 1)                                                      # (b, 1, n)
+    ones = torch.ones([1, 1, n], dtype=g.dtype, device=g.device).expand(b, 1, n)
+    # One chunk, recomputed: h[i + 1] is the state after its token i.
     A_bars = torch.empty([keep, b, n, d], dtype=g.dtype, device=g.device).unbind(0)
-    states = torch.empty([keep + 1, b, n, d], dtype=g.dtype, device=g.device)        # one chunk, recomputed
-    h, h_T, g_T = states.unbind(0), states.transpose(2, 3).unbind(0), g.transpose(1, 2)
-    ones = torch.ones([1, 1, n], dtype=g.dtype, device=g.device).expand(b, 1, n)     # sums over n as a product
-    u_t, delta_t, grad_y_t = u.split(1, 1), delta.split(1, 1), grad_y.split(1, 1)    # (b, 1, d)
-    B_t, C_t, B_row = B.unsqueeze(3).unbind(1), C.unsqueeze(3).unbind(1), B.split(1, 1)   # (b, n, 1) twice, (b, 1, n)
-    grad_u_t, grad_delta_t = grad_u.unbind(0), grad_delta.unbind(0)
-    grad_B_t, grad_C_t, kept_t = grad_B.unbind(0), grad_C.unbind(0), kept.unbind(0)
+    states = torch.empty([keep + 1, b, n, d], dtype=g.dtype, device=g.device)
+    h = states.unbind(0)                                                       # (b, n, d)
+    h_rows, g_rows = states.transpose(2, 3).unbind(0), g.transpose(1, 2)       # (b, d, n)
+    kept_t = kept.unbind(0)
     for chunk in range(len(kept_t) - 1, -1, -1):
         start, stop = chunk * keep, min(chunk * keep + keep, l)
         h[0].copy_(kept_t[chunk])
-        for t in range(start, stop):                                         # forward again: h[i + 1] is h_t
+        for t in range(start, stop):                                           # forward again
             i = t - start
             torch.mul(delta_t[t], A, out=A_bars[i])
             if zoh:
@@ -166,48 +182,58 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
             else:
                 torch.mul(h[i], A_bars[i].exp_(), out=h[i + 1])
                 h[i + 1].addcmul_(B_t[t], u_t[t])
-            torch.bmm(grad_y_t[t], h_T[i + 1], out=grad_C_t[t])              # ∂C_t   (b, 1, n)
-        for t in range(stop - 1, start - 1, -1):                             # and back
+            torch.bmm(grad_y_t[t], h_rows[i + 1], out=grad_C_t[t])                # ∂C_t   (b, 1, n)
+        for t in range(stop - 1, start - 1, -1):                               # and back
             i = t - start
-            g.addcmul_(C_t[t], grad_y_t[t])                                  # g_t    (b, n, d)
+            g.addcmul_(C_t[t], grad_y_t[t])                                    # g_t    (b, n, d)
             if zoh:
-                # B̄ = (Ā - 1)/A in Δ's place: h[i] becomes h_{t-1} + B x / A, which is what Ā multiplies
+                # h_t = Ā h_{t-1} + (Ā - 1) w, w = B_t x_t / A: so ∂h_t/∂Ā = h_{t-1} + w, which is
+                # put in h[i], and r = (Ā - 1) g / A is what B and x see; A also divides in w
+                w = B_t[t] * u_t[t] / A
                 r = A_bars[i] * g / A
-                write = B_t[t] * u_t[t] / A
-                grad_A.addcmul_(r, write, value=-1.0)
+                grad_A.addcmul_(r, w, value=-1.0)
                 torch.bmm(u_t[t], r.transpose(1, 2), out=grad_B_t[t])
                 torch.bmm(B_row[t], r, out=grad_u_t[t])
-                h[i].add_(write)
+                h[i].add_(w)
                 A_bars[i].add_(1.0)
             else:
-                torch.bmm(u_t[t], g_T, out=grad_B_t[t])                      # ∂B_t   (b, 1, n)
-                torch.bmm(B_row[t], g, out=grad_u_t[t])                      # ∂u_t   (b, 1, d)
-            q = h[i].mul_(g.mul_(A_bars[i]))                                 # q = Ā_t g_t h_{t-1}; g is now Ā_t g_t
+                torch.bmm(u_t[t], g_rows, out=grad_B_t[t])                        # ∂B_t   (b, 1, n)
+                torch.bmm(B_row[t], g, out=grad_u_t[t])                        # ∂u_t   (b, 1, d)
+            q = h[i].mul_(g.mul_(A_bars[i]))             # q = Ā_t g_t h_{t-1}; g becomes Ā_t g_t
             grad_A.addcmul_(q, delta_t[t])
-            torch.bmm(ones, q.mul_(A), out=grad_delta_t[t])                  # ∂Δ_t   (b, 1, d)
-    return (grad_u.squeeze(2).transpose(0, 1), grad_delta.squeeze(2).transpose(0, 1), grad_A.sum(0),
-            grad_B.squeeze(2).transpose(0, 1), grad_C.squeeze(2).transpose(0, 1), g)
+            torch.bmm(ones, q.mul_(A), out=grad_delta_t[t])                    # ∂Δ_t   (b, 1, d)
+    return (grad_u.squeeze(2).transpose(0, 1), grad_delta.squeeze(2).transpose(0, 1),
+            grad_A.sum(0), grad_B.squeeze(2).transpose(0, 1), grad_C.squeeze(2).transpose(0, 1), g)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The parallel scan: the same loops, over all pieces of the sequence at once.
 #
-# l tokens are cut into k pieces of T = l/k, and the pieces stand side by side in the batch: T steps instead of l,
-# each k times as wide. Only the state at which a piece starts is missing. A piece maps it affinely, h ↦ a h + s,
-# with a = exp(A ΣΔ) and s the state that the piece reaches from zero, and affine maps compose associatively:
+# l tokens are cut into k pieces of T = l/k, which stand side by side in the batch: T steps instead
+# of l, each k times as wide. Only the state at which a piece starts is missing. A piece maps it to
+# the state at its end by h ↦ a h + s, with a = exp(A ΣΔ), and s the state that the piece reaches
+# from zero; and such maps compose associatively:
+#
 #     (a₂, s₂) ∘ (a₁, s₁) = (a₂ a₁, a₂ s₁ + s₂)
-# so a prefix scan over the k pairs finds all the starts in log₂ k steps. Nothing is ever divided, nothing overflows.
+#
+# so a prefix scan over the k pairs finds all the starts in log₂ k steps. Then the pieces are
+# scanned again, from there. That is twice the work in far fewer steps; nothing is ever divided.
 
 def _start_states(u, delta, A, B, h0, pieces, zoh):
-    """The state before each piece: u, delta (b·k, T, d), B (b·k, T, n), h0 (b, n, d) -> (b·k, n, d)."""
+    """The state before each piece, (b·k, n, d).
+
+    u, delta (b·k, T, d), A (n, d), B (b·k, T, n); h0 (b, n, d) is the state before the first.
+    """
     zero = u.new_zeros(u.shape[0], *A.shape)
     _, _, s = _forward(u, delta, A, B, None, zero, u.shape[1], zoh)
-    s = s.unflatten(0, (-1, pieces))                                         # (b, k, n, d)
-    a = torch.exp(delta.sum(1, keepdim=True) * A).unflatten(0, (-1, pieces)) # (b, k, n, d)
-    s = torch.cat([h0[:, None], s[:, :-1]], 1)    # the first "piece" is h0; nobody needs the state after the last
+    s = s.unflatten(0, (-1, pieces))                                           # (b, k, n, d)
+    a = torch.exp(delta.sum(1, keepdim=True) * A).unflatten(0, (-1, pieces))   # (b, k, n, d)
+    # Put h0 in front, as a piece that only sets the state; drop the last, which is nobody's start.
+    s = torch.cat([h0[:, None], s[:, :-1]], 1)
     a = torch.cat([torch.ones_like(a[:, :1]), a[:, :-1]], 1)
     hop = 1
-    while hop < pieces:        # s_j holds pieces j - hop + 1 … j, then twice as many (Hillis & Steele 1986)
+    while hop < pieces:
+        # (a, s) number j spans `hop` pieces up to j, then twice as many (Hillis & Steele 1986)
         s = torch.cat([s[:, :hop], torch.addcmul(s[:, hop:], a[:, hop:], s[:, :-hop])], 1)
         a = torch.cat([a[:, :hop], a[:, hop:] * a[:, :-hop]], 1)
         hop *= 2
@@ -215,7 +241,7 @@ def _start_states(u, delta, A, B, h0, pieces, zoh):
 
 
 def _fold(tensor, pieces):
-    """(b, l, …) -> (b·k, T, …): cut into k pieces, zeros appended so that T = ⌈l/k⌉. Δ = 0 leaves a state alone."""
+    """(b, l, …) -> (b·k, T, …), T = ⌈l/k⌉, zeros at the end: Δ = 0 leaves a state alone."""
     length = -(-tensor.shape[1] // pieces) * pieces
     if length != tensor.shape[1]:
         tensor = F.pad(tensor, (0, 0, 0, length - tensor.shape[1]))
@@ -228,7 +254,7 @@ def _unfold(tensor, pieces, l):
 
 
 def _scan(x, delta, A, B, C, h0, pieces, zoh, keep_states):
-    """Forward in k pieces; A and h0 are (n, d) and (b, n, d): -> y, last state, kept states, their interval."""
+    """Scan in k pieces; A (n, d), h0 (b, n, d): -> y, last state, kept states, their interval."""
     l = x.shape[1]
     u = x if zoh else delta * x
     if pieces > 1:
@@ -241,12 +267,29 @@ def _scan(x, delta, A, B, C, h0, pieces, zoh, keep_states):
     return y, h, kept, keep
 
 
+def _end_gradients(grad_y, delta, A, C, grad_h, pieces):
+    """The gradient of the state after each piece, (b·k, n, d), from that of the last, (b, n, d).
+
+    g_t = Ā_{t+1} g_{t+1} + C_t ȳ_t is the forward recurrence on the reversed sequence: ȳ in u's
+    place, C in B's, and for Δ that of the next token (0 at the end: grad_h enters undamped). So
+    `_start_states` finds the g of the token that comes after each piece.
+    """
+    def flip(t):
+        return _fold(_unfold(t, pieces, pieces * t.shape[1]).flip(1), pieces)
+
+    whole = _unfold(delta, pieces, pieces * delta.shape[1])                    # (b, k·T, d)
+    next_delta = _fold(F.pad(whole[:, 1:], (0, 0, 0, 1)), pieces)              # (b·k, T, d)
+    g = _start_states(flip(grad_y), flip(next_delta), A, flip(C), grad_h, pieces, False)
+    g = g.unflatten(0, (-1, pieces)).flip(1).flatten(0, 1)
+    return torch.exp(next_delta[:, -1:] * A) * g           # through that token's Ā, into the piece
+
+
 class _Scan(torch.autograd.Function):
-    """`_scan` with its hand-derived gradient. Keeps its inputs and √l states; a gradient of the gradient is an error."""
+    """`_scan` with its hand-derived gradient: keeps its inputs and a few states."""
 
     @staticmethod
     def forward(ctx, x, delta, A, B, C, h0, pieces, zoh):
-        with torch.autocast(x.device.type, enabled=False):                   # the state stays in float32
+        with torch.autocast(x.device.type, enabled=False):   # the state stays in float32
             y, h, kept, ctx.keep = _scan(x, delta, A, B, C, h0, pieces, zoh, True)
         ctx.save_for_backward(x, delta, A, B, C, kept)
         ctx.pieces, ctx.zoh = pieces, zoh
@@ -254,70 +297,64 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y, grad_h):
-        if torch.is_grad_enabled():      # create_graph=True; the loops below would be taken for constants
-            raise RuntimeError("selective_scan has a first derivative only: call backward or grad without create_graph")
+        if torch.is_grad_enabled():      # the loops below would be taken for constants
+            raise RuntimeError("selective_scan has a first derivative only: create_graph=True "
+                               "cannot differentiate its gradient")
         x, delta, A, B, C, kept = ctx.saved_tensors
-        l, pieces, zoh = x.shape[1], ctx.pieces, ctx.zoh
-        u = x if zoh else delta * x
-        step, g = delta, grad_h
+        l, k, zoh = x.shape[1], ctx.pieces, ctx.zoh
+        u, step, g = x if zoh else delta * x, delta, grad_h
         with torch.autocast(x.device.type, enabled=False):
-            if pieces > 1:
-                u, step, B, C, grad_y = (_fold(t, pieces) for t in (u, delta, B, C, grad_y))
-                g = _end_gradients(grad_y, step, A, C, grad_h, pieces)
-            grad_u, grad_delta, grad_A, grad_B, grad_C, g = _backward(grad_y, g, u, step, A, B, C, kept, ctx.keep, zoh)
-        if pieces > 1:
-            grad_u, grad_delta, grad_B, grad_C = (_unfold(t, pieces, l) for t in (grad_u, grad_delta, grad_B, grad_C))
-            g = g[::pieces]
-        if zoh:
-            return grad_u, grad_delta, grad_A, grad_B, grad_C, g, None, None
-        return grad_u * delta, torch.addcmul(grad_delta, grad_u, x), grad_A, grad_B, grad_C, g, None, None
+            if k > 1:
+                u, step, B, C, grad_y = (_fold(t, k) for t in (u, delta, B, C, grad_y))
+                g = _end_gradients(grad_y, step, A, C, grad_h, k)
+            *grads, g = _backward(grad_y, g, u, step, A, B, C, kept, ctx.keep, zoh)
+        grad_u, grad_delta, grad_A, grad_B, grad_C = grads
+        if k > 1:
+            grad_u, grad_delta, grad_B, grad_C = (
+                _unfold(t, k, l) for t in (grad_u, grad_delta, grad_B, grad_C))
+            g = g[::k]
+        if not zoh:                      # u = Δ x: Δ has a second way in
+            grad_u, grad_delta = grad_u * delta, torch.addcmul(grad_delta, grad_u, x)
+        return grad_u, grad_delta, grad_A, grad_B, grad_C, g, None, None
 
 
-def _end_gradients(grad_y, delta, A, C, grad_h, pieces):
-    """The gradient of the state after each piece, (b·k, n, d), from that of the very last, grad_h (b, n, d).
-
-    g_t = Ā_{t+1} g_{t+1} + C_t ȳ_t is the forward recurrence on the reversed sequence: ȳ in u's place, C in B's, and
-    for Δ that of the token that comes next. So `_start_states` finds it.
-    """
-    flip = lambda t: _fold(_unfold(t, pieces, pieces * t.shape[1]).flip(1), pieces)
-    next_delta = _unfold(delta, pieces, pieces * delta.shape[1])             # (b, k·T, d)
-    next_delta = _fold(torch.cat([next_delta[:, 1:], torch.zeros_like(next_delta[:, :1])], 1), pieces)
-    g = _start_states(flip(grad_y), flip(next_delta), A, flip(C), grad_h, pieces, False)
-    g = g.unflatten(0, (-1, pieces)).flip(1).flatten(0, 1)                   # g of the first token after the piece
-    return torch.exp(next_delta[:, -1:] * A) * g                             # carried over that token's Ā
-
-
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The public function.
 
 METHODS, DISCRETIZATIONS = ("auto", "sequential", "parallel"), ("euler", "zoh")
-NARROW = 2 ** 14       # state values per time step under which a CPU spends most of the step on calling operations
+NARROW = 2 ** 14     # state values per time step under which a CPU mostly waits for calls to return
 
 
-def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discretization="euler", return_state=False):
-    """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t,  y_t = C_t h_t + D x_t,  for all t: sections 2 and 3.3 of the paper.
+def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discretization="euler",
+                   return_state=False):
+    """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t,  y_t = C_t h_t + D x_t  (paper, sections 2 and 3.3).
 
-    x, delta        (b, l, d)   input; step size > 0. Δ_t = 0 leaves the state exactly as it was: mask padding so
-    A               (d, n)      < 0
-    B, C            (b, l, n)
-    D               (d,)        optional: 0
-    h0              (b, d, n)   optional: state before the first token, zero
-    method          "sequential": one loop over l; "parallel": pieces side by side and a prefix scan; "auto": parallel
-                    on an accelerator, and on a CPU if a time step is narrow (b·d·n small) and the sequence is long
-    discretization  "euler": B̄ = ΔB, what Mamba trains with; "zoh": B̄ = (exp(ΔA) - 1)/A B, exact if x is held constant
-    return_state    also return the state after the last token, (b, d, n): give it as h0 to go on
+    x, delta         (b, l, d)   input; step size > 0. Δ_t = 0 leaves the state exactly as it was,
+                                 which is how padding is masked
+    A                (d, n)      < 0
+    B, C             (b, l, n)
+    D                (d,)        optional: 0
+    h0               (b, d, n)   optional: state before the first token, zero
+    method           "sequential": one loop over l. "parallel": pieces side by side and a prefix
+                     scan. "auto": parallel on an accelerator, and on a CPU if a time step is narrow
+                     (b·d·n small) and the sequence is long
+    discretization   "euler": B̄ = ΔB, what Mamba trains with. "zoh": B̄ = (exp(ΔA) - 1)/A B, exact
+                     if x is held constant during a step
+    return_state     also return the state after the last token, (b, d, n): as h0 it goes on
 
-    -> y (b, l, d) in x's dtype. The state is accumulated in float32 (float64 if any argument is), and returned so.
-    Differentiable once in every tensor argument, and through the state. A scan of length 1 is the recurrent step.
-    Raises ValueError for a wrong shape, dtype, device, or name, saying what was expected and what came.
+    -> y (b, l, d) in x's dtype. The state is accumulated and returned in float32, or in float64 if
+    any argument is. A scan of length 1 is the recurrent step. Differentiable once, in every tensor
+    argument and through the state; a second time raises a RuntimeError.
+    Raises ValueError for a wrong shape, dtype, device or name: what was expected and what came.
     """
     _check(x, delta, A, B, C, D, h0, method, discretization)
     b, _, d = x.shape
+    n, zoh = A.shape[1], discretization == "zoh"
     tensors = [t for t in (x, delta, A, B, C, D, h0) if t is not None]
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    h0 = x.new_zeros(b, A.shape[1], d, dtype=dtype) if h0 is None else h0.to(dtype).transpose(1, 2)    # (b, n, d)
-    arguments = [t.to(dtype) for t in (x, delta, A.t().contiguous(), B, C)] + [h0]
-    arguments += [_pieces(x, A.shape[1], method), discretization == "zoh"]
+    h = x.new_zeros(b, n, d, dtype=dtype) if h0 is None else h0.to(dtype).transpose(1, 2)
+    arguments = [t.to(dtype) for t in (x, delta, A.t().contiguous(), B, C)]
+    arguments += [h, _pieces(x, n, method), zoh]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         y, h = _Scan.apply(*arguments)
     else:
@@ -332,167 +369,198 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
 def _pieces(x, n, method):
     """How many pieces to cut the sequence into; 1 is the sequential scan."""
     b, l, d = x.shape
-    width = max(1, b * d * n)                                                # state values that one time step touches
+    width = max(1, b * d * n)            # state values that one time step touches
     on_cpu = x.device.type == "cpu"
     if method == "auto":
         method = "sequential" if on_cpu and (width >= NARROW or l < 64) else "parallel"
     if method == "sequential":
         return 1
-    # On a CPU, so many that a pass over all pieces outweighs the call and the states still fit the L2 cache. On a
-    # GPU a step costs its launches, however wide: as many pieces as each has tokens.
+    # On a CPU: so many that a pass over them outweighs the call, and that their states still fit
+    # the L2 cache. On a GPU a step costs its launches, however wide: √l pieces. But 16
+    # tokens in each, or there is more joining than scanning; and two pieces at least.
     pieces = 8 * NARROW // width if on_cpu else math.isqrt(l)
     return max(min(2, l), min(pieces, l // 16))
 
 
 def _check(x, delta, A, B, C, D, h0, method, discretization):
     """Raise a ValueError that names the argument, what was expected and what came."""
+    def expect(name, expected, got):
+        raise ValueError(f"selective_scan: {name} must {expected}, got {got}")
+
     if method not in METHODS:
-        raise ValueError(f"selective_scan: method must be one of {METHODS}, got {method!r}")
+        expect("method", f"be one of {METHODS}", repr(method))
     if discretization not in DISCRETIZATIONS:
-        raise ValueError(f"selective_scan: discretization must be one of {DISCRETIZATIONS}, got {discretization!r}")
+        expect("discretization", f"be one of {DISCRETIZATIONS}", repr(discretization))
     named = {"x": x, "delta": delta, "A": A, "B": B, "C": C, "D": D, "h0": h0}
+    named = {k: t for k, t in named.items() if t is not None or k not in ("D", "h0")}
     for name, t in named.items():
-        if t is None and name in ("D", "h0"):
-            continue
         if not isinstance(t, Tensor):
-            raise ValueError(f"selective_scan: {name} must be a tensor, got {type(t).__name__}")
+            expect(name, "be a tensor", type(t).__name__)
         if not t.dtype.is_floating_point:
-            raise ValueError(f"selective_scan: {name} must be of a real floating dtype, got {t.dtype}")
+            expect(name, "be of a real floating dtype", t.dtype)
         if t.device != x.device:
-            raise ValueError(f"selective_scan: {name} must be on {x.device} like x, got {t.device}")
+            expect(name, f"be on {x.device} like x", t.device)
     if x.ndim != 3:
-        raise ValueError(f"selective_scan: x must have shape (b, l, d), got {tuple(x.shape)}")
+        expect("x", "have shape (b, l, d)", tuple(x.shape))
     if A.ndim != 2 or A.shape[0] != x.shape[2]:
-        raise ValueError(f"selective_scan: A must have shape (d, n) = ({x.shape[2]}, n), got {tuple(A.shape)}")
-    (b, l, d), n = x.shape, A.shape[1]
-    expected = {"delta": ("b, l, d", (b, l, d)), "B": ("b, l, n", (b, l, n)), "C": ("b, l, n", (b, l, n)),
-                "D": ("d,", (d,)), "h0": ("b, d, n", (b, d, n))}
-    for name, (letters, shape) in expected.items():
-        if named[name] is not None and named[name].shape != shape:
-            raise ValueError(f"selective_scan: {name} must have shape ({letters}) = {shape}, "
-                             f"got {tuple(named[name].shape)}")
+        expect("A", f"have shape (d, n) = ({x.shape[2]}, n)", tuple(A.shape))
+    size = dict(zip("bld", x.shape), n=A.shape[1])
+    for name, letters in (("delta", "bld"), ("B", "bln"), ("C", "bln"), ("D", "d"), ("h0", "bdn")):
+        shape = tuple(size[letter] for letter in letters)
+        if name in named and named[name].shape != shape:
+            expect(name, f"have shape ({', '.join(letters)}) = {shape}", tuple(named[name].shape))
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# S6, the layer: Algorithm 1 of the paper. Selection is nothing but this: Δ, B and C are linear in x.
+# --------------------------------------------------------------------------------------------------
+# S6, the layer: Algorithm 1 of the paper. Selection is no more than this: Δ, B, C are linear in x.
 
 class S6(nn.Module):
-    """x (b, l, d) -> y (b, l, d): Δ, B, C from x, and the scan. Parameters carry the names of the official weights.
+    """x (b, l, d) -> y (b, l, d): Δ, B, C from x, and the scan. Parameters have the official names.
 
     d         channels
     n         states per channel
-    dt_rank   Δ goes through a bottleneck this narrow, since d numbers from d by a full matrix would cost d²
-              parameters; default ⌈d/32⌉, the paper's ⌈d_model/16⌉ for a block that expands twofold
+    dt_rank   Δ is made through a bottleneck this narrow, since a full matrix would cost d²
+              parameters; default ⌈d/32⌉, the paper's ⌈d_model/16⌉ for a block twice as wide inside
     """
 
-    def __init__(self, d, n=16, dt_rank=None, dt_min=1e-3, dt_max=1e-1):
+    def __init__(self, d, n=16, dt_rank=None):
         super().__init__()
         self.n, self.dt_rank = n, dt_rank or math.ceil(d / 32)
         self.x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d)
-        # At first Δ rests between dt_min and dt_max, log-uniform over channels, and x barely moves it: a channel
-        # then remembers for 1/Δ tokens, so that some look far back and some at what is near (section 3.6).
+        # At first Δ rests between 0.001 and 0.1, log-uniform over the channels. A channel remembers
+        # for about 1/Δ tokens: some look far back, some at what is near (section 3.6).
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
-        dt = torch.exp(torch.empty(d).uniform_(math.log(dt_min), math.log(dt_max)))
+        dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))
         with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))       # the inverse of softplus
-        # A = -exp(A_log) stays negative whatever the optimizer does; -1, -2, … -n is "S4D-Real" (section 3.6).
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))         # softplus(bias) = dt
+        # A = -exp(A_log) stays negative whatever the optimizer does. It starts at -1, -2, … -n, the
+        # real part of S4's states ("S4D-Real", section 3.6).
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))      # (d, n)
         self.D = nn.Parameter(torch.ones(d))
 
     def forward(self, x, h0=None, mask=None, *, method="auto", return_state=False):
-        """x (b, l, d), h0 (b, d, n) optional -> y (b, l, d), and with return_state the last state (b, d, n).
+        """x (b, l, d), h0 (b, d, n) or None -> y (b, l, d), with return_state also the last state.
 
-        mask (b, l), optional: where it is 0 the token is padding and leaves the state as it was.
+        mask (b, l) or None: where it is 0 the token is padding, and leaves the state as it was.
         Raises ValueError as `selective_scan` does.
         """
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], dim=-1)          # (b, l, r), (b, l, n) twice
-        delta = F.softplus(self.dt_proj(dt))                                             # (b, l, d), > 0
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)    # B, C: (b, l, n)
+        delta = F.softplus(self.dt_proj(dt))                                   # (b, l, d), > 0
         if mask is not None:
             delta = delta * mask.unsqueeze(-1)
-        A = -torch.exp(self.A_log.float())
-        return selective_scan(x, delta, A, B, C, self.D, h0, method=method, return_state=return_state)
+        A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))
+        A = -torch.exp(A_log)
+        return selective_scan(x, delta, A, B, C, self.D, h0, method=method,
+                              return_state=return_state)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# `python s6.py`: the ways side by side.
+# --------------------------------------------------------------------------------------------------
+# `python s6.py`: the ways side by side, and softmax attention for scale.
 
-def _random_inputs(b, l, d, n, dtype=torch.float32):
-    """Inputs as a fresh Mamba would make them, all requiring gradients: x, Δ, A, B, C, D."""
-    delta = F.softplus(torch.randn(b, l, d) - 3)
-    A = -torch.arange(1.0, n + 1).repeat(d, 1)
-    tensors = (torch.randn(b, l, d), delta, A, torch.randn(b, l, n), torch.randn(b, l, n), torch.ones(d))
-    return [t.to(dtype).requires_grad_() for t in tensors]
+def _attention(x, delta, A, B, C, D):
+    """Causal softmax attention of the same width: two heads; x is query, key and value."""
+    heads = x.unflatten(-1, (2, -1)).transpose(1, 2)                           # (b, 2, l, d/2)
+    y = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    return y.transpose(1, 2).flatten(2)                                        # (b, l, d)
+
+
+WAYS = {  # way, the longest sequence it is given, colour
+    "definition, autograd": (lambda *a: definition(*a)[0], 1024, "#7f7f7f"),
+    "sequential": (lambda *a: selective_scan(*a, method="sequential"), 16384, "#1f77b4"),
+    "parallel": (lambda *a: selective_scan(*a, method="parallel"), 16384, "#d62728"),
+    "softmax attention": (_attention, 16384, "#9467bd"),
+}
+
+
+def _random_inputs(b, l, d, n):
+    """x, Δ, A, B, C, D as a fresh Mamba would make them, requiring gradients."""
+    delta, A = F.softplus(torch.randn(b, l, d) - 3), -torch.arange(1.0, n + 1).repeat(d, 1)
+    B, C = torch.randn(b, l, n), torch.randn(b, l, n)
+    return [t.requires_grad_() for t in (torch.randn(b, l, d), delta, A, B, C, torch.ones(d))]
 
 
 def _measure(way, inputs):
-    """Forward and backward once: -> seconds, bytes kept between the two, output."""
-    kept = {}
+    """Forward and backward: -> seconds, bytes kept between the two, output.
 
-    def note(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+    The fastest of five runs, or of as many as fit in three seconds (the first two also compile).
+    """
+    begin, best = time.perf_counter(), math.inf
+    for _ in range(5):
+        kept = {}
 
-    start = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        y = way(*inputs)
-    torch.autograd.grad(y.square().mean(), inputs, allow_unused=True)
-    return time.perf_counter() - start, sum(kept.values()), y.detach()
+        def note(t):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
 
-
-def _attention(x, delta, A, B, C, D):
-    """Causal softmax attention over the same l tokens of d channels: two heads, and x for queries, keys and values."""
-    heads = x.unflatten(-1, (2, -1)).transpose(1, 2)                         # (b, 2, l, d/2)
-    return F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
-
-
-WAYS = {"definition, autograd": (lambda *a: definition(*a)[0], 1024, "#888888"),
-        "sequential": (lambda *a: selective_scan(*a, method="sequential"), 16384, "#1f77b4"),
-        "parallel": (lambda *a: selective_scan(*a, method="parallel"), 16384, "#d62728"),
-        "softmax attention": (_attention, 16384, "#9467bd")}
+        start = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            y = way(*inputs)
+        torch.autograd.grad(y.square().mean(), inputs, allow_unused=True)
+        best = min(best, time.perf_counter() - start)
+        if time.perf_counter() - begin > 3:
+            break
+    return best, sum(kept.values()), y.detach()
 
 
 def main():
-    """Time, memory and error of every way over length; writes figures/scan_scaling.png."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; b = 1, d = 128, n = 16; forward and backward\n")
+    """Time, memory and error over length: a table, results/scan_scaling.csv, and the figure."""
+    try:
+        for folder in ("results", "figures"):
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SystemExit(f"s6.py: cannot write here ({error}): run it in a folder of your own")
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {platform.machine()}, {threads} threads; "
+          f"b = 1, d = 128, n = 16; forward and backward\n")
     print(f"{'way':22s}{'length':>8s}{'ms':>10s}{'us/token':>10s}{'MB kept':>10s}{'error':>10s}")
     torch.manual_seed(0)
-    rows = {way: [] for way in WAYS}
+    rows = []
     for l in (64, 256, 1024, 4096, 16384):
         inputs = _random_inputs(1, l, 128, 16)
         with torch.no_grad():
-            exact = definition(*(t.double() for t in inputs))[0]
+            exact, _ = definition(*(t.double() for t in inputs))
         for name, (way, longest, _) in WAYS.items():
             if l > longest:
                 continue
-            for _ in range(2):      # TorchScript compiles during its first two calls
-                _measure(way, inputs)
-            runs = sorted((_measure(way, inputs) for _ in range(3)), key=lambda run: run[0])
-            seconds, kept, y = runs[1]
-            error = "" if way is _attention else f"{((y - exact).abs().max() / exact.abs().max()).item():.1e}"
-            rows[name].append((l, 1e3 * seconds, kept / 1e6))
-            print(f"{name:22s}{l:8d}{1e3 * seconds:10.2f}{1e6 * seconds / l:10.2f}{kept / 1e6:10.2f}{error:>10s}")
-    print("\nerror: of y, the largest over the largest value, against the definition in float64")
-    _draw(rows, "figures/scan_scaling.png")
+            seconds, kept, y = _measure(way, inputs)
+            worst = ((y - exact).abs().max() / exact.abs().max()).item()
+            error = "" if way is _attention else f"{worst:.1e}"
+            ms, megabytes = f"{1e3 * seconds:.2f}", f"{kept / 1e6:.2f}"
+            print(f"{name:22s}{l:8d}{ms:>10s}{1e6 * seconds / l:10.2f}{megabytes:>10s}{error:>10s}")
+            rows.append({"way": name, "length": l, "milliseconds": ms, "megabytes_kept": megabytes,
+                         "error": error, "threads": threads, "device": f"cpu {platform.machine()}",
+                         "torch": torch.__version__, "command": "python s6.py"})
+    print("\nerror: of y, largest over largest value, against the definition in float64")
+    for path, write in (("results/scan_scaling.csv", _write_rows),
+                        ("figures/scan_scaling.png", _draw)):
+        write(path + ".part", rows)
+        os.replace(path + ".part", path)         # it appears whole or not at all
+        print(f"wrote {path}")
 
 
-def _draw(rows, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), constrained_layout=True)
-    for name, points in rows.items():
-        lengths, milliseconds, megabytes = zip(*points)
-        axes[0].loglog(lengths, milliseconds, "o-", color=WAYS[name][2], label=name)
-        axes[1].loglog(lengths, megabytes, "o-", color=WAYS[name][2], label=name)
-    for ax, label in zip(axes, ("time, forward + backward (ms)", "kept for the backward pass (MB)")):
-        ax.set(xlabel="length (tokens)", ylabel=label)
+def _write_rows(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _draw(path, rows):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for name, (_, _, color) in WAYS.items():
+        for ax, column in zip(axes, ("milliseconds", "megabytes_kept")):
+            points = [(row["length"], float(row[column])) for row in rows if row["way"] == name]
+            ax.loglog(*zip(*points), "o-", color=color, label=name)
+    axes[0].set(xlabel="length (tokens)", ylabel="time, forward + backward (ms)")
+    axes[1].set(xlabel="length (tokens)", ylabel="kept for the backward pass (MB)")
+    for ax in axes:
         ax.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    figure.savefig(path + ".part", dpi=120, format="png")
-    os.replace(path + ".part", path)
-    print(f"wrote {path}")
+    figure.savefig(path, dpi=120, format="png")
 
 
 if __name__ == "__main__":

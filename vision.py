@@ -1,20 +1,21 @@
 """vision.py: an image has no first pixel: read it from both ends.
 
-    tokens = stem(image) + position                  28×28 pixels -> 7×7 = 49 tokens, read row by row
-    y      = fuse( S6→(tokens), S6←(tokens) )        one scan from the first patch on, one from the last
-    logits = head( pool( norm( blocks(tokens) ) ) )
+    tokens = stem(image) + position               28×28 pixels -> 7×7 = 49 tokens, row by row
+    y      = fuse(S6→(tokens), S6←(tokens))       one scan from the first patch, one from the last
+    logits = head(pool(norm(blocks(tokens))))
 
-A scan carries information one way only: to a causal model the upper left corner of a digit never knows what the
-lower right looks like. The bidirectional block scans the same tokens twice, each time with weights of its own, the
-second time in reverse, and fuses the two outputs by average or concatenation.
+A scan carries information one way only: to a causal model, the upper left corner of a digit never
+knows what the lower right looks like. The bidirectional block scans the same tokens twice, each
+time with weights of its own, the second time in reverse, and fuses the two outputs by average or
+concatenation.
 
-direction="causal" is the control: the same two branches, the same parameters and the same cost, and the second
-branch is merely not reversed. What differs between the two models is the direction and nothing else.
+direction="causal" is the control: the same two branches, parameters and cost, and the second branch
+is merely not reversed. What differs between the two models is the direction, and nothing else.
 
 Symbols: the glossary of s6.py. Left out: a class token (`pool` reads all tokens), and pre-training.
 Read before: block.py. Read next: rnn.py, what came before; then train_mnist.py.
-Source: Zhu et al. 2024, "Vision Mamba", sections 3.2 and 3.3; the convolutional stem: Xiao et al. 2021, "Early
-Convolutions Help Transformers See Better".
+Source: Zhu et al. 2024, "Vision Mamba", sections 3.2 and 3.3. The convolutional stem: Xiao et al.
+2021, "Early Convolutions Help Transformers See Better".
 """
 import torch
 import torch.nn as nn
@@ -32,92 +33,108 @@ def _choose(name, value, allowed):
     return value
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From pixels to tokens.
 
-class Stem(nn.Module):
-    """Images (b, channels, height, width) -> tokens (b, l, d_model), l = height/patch · width/patch, row by row.
+class PixelNorm(RMSNorm):
+    """RMSNorm over the channels of each pixel, (b, c, h, w) both.
 
-    "patch"  each patch of pixels is flattened and mapped linearly, as in ViT: patches do not overlap
-    "conv"   three 3×3 convolutions that shrink the image by 1, 2 and patch/2, the last one channel by channel: as
-             many tokens, in the same order, each seeing a little of its neighbours. A stroke is an edge before it
-             is a token.
+    Not BatchNorm or GroupNorm: statistics of the whole image, or of the batch, would tell the first
+    token about the last, and the causal model would not be causal.
+    """
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Stem(nn.Module):
+    """Images (b, channels, height, width) -> tokens (b, l, d_model), row by row.
+
+    There are l = height/patch · width/patch tokens.
+    "patch"  each patch of pixels is flattened and mapped linearly, as in ViT: no overlap
+    "conv"   three 3×3 convolutions that shrink the image by 1, 2 and patch/2, the last one channel
+             by channel: the same tokens in the same order, each seeing 9×9 pixels instead of its
+             own 4×4. A stroke becomes an edge before it becomes a token
     """
 
     def __init__(self, channels, d_model, patch=4, kind="conv"):
         super().__init__()
-        self.channels, self.patch = channels, patch
+        self.channels = channels
         if _choose("stem", kind, STEMS) == "patch":
             self.net = nn.Conv2d(channels, d_model, patch, stride=patch)
             return
         if patch % 2:
-            raise ValueError(f"the convolutional stem halves the image first: patch must be even, got {patch}")
+            raise ValueError(f"the conv stem halves images first: patch must be even, got {patch}")
         thin, wide = 16, 32
         self.net = nn.Sequential(
-            nn.Conv2d(channels, thin, 3, padding=1, bias=False), nn.GroupNorm(1, thin), nn.SiLU(),
-            nn.Conv2d(thin, wide, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, wide), nn.SiLU(),
-            nn.Conv2d(wide, wide, 3, stride=patch // 2, padding=1, groups=wide), nn.Conv2d(wide, d_model, 1))
+            nn.Conv2d(channels, thin, 3, padding=1, bias=False), PixelNorm(thin), nn.SiLU(),
+            nn.Conv2d(thin, wide, 3, stride=2, padding=1, bias=False), PixelNorm(wide), nn.SiLU(),
+            nn.Conv2d(wide, wide, 3, stride=patch // 2, padding=1, groups=wide),
+            nn.Conv2d(wide, d_model, 1))
 
     def forward(self, images):
-        """Raises ValueError for images of another shape or not divisible by the patch."""
+        """Raises ValueError for another number of channels."""
         if images.ndim != 4 or images.shape[1] != self.channels:
-            raise ValueError(f"images must have shape (b, {self.channels}, height, width), got {tuple(images.shape)}")
-        _check_divisible(images.shape[2:], self.patch)
-        return self.net(images).flatten(2).transpose(1, 2)                   # (b, d_model, h, w) -> (b, l, d_model)
+            raise ValueError(f"images must have shape (b, {self.channels}, height, width), "
+                             f"got {tuple(images.shape)}")
+        return self.net(images).flatten(2).transpose(1, 2)                     # (b, l, d_model)
 
 
 def _check_divisible(size, patch):
     if any(side % patch for side in size):
-        raise ValueError(f"the patch must divide the image: {size[0]}x{size[1]} pixels, patch {patch}")
+        raise ValueError(f"patch {patch} does not divide an image of {size[0]}x{size[1]} pixels")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The block: two scans over the same tokens.
 
 class VisionBlock(nn.Module):
-    """x (b, l, d_model) ↦ x + out_proj( fuse(S6→, S6←) · SiLU(z) ): the block of block.py with a second branch."""
+    """x ↦ x + out_proj(fuse(S6→, S6←) · SiLU(z)), (b, l, d_model) both: two paths of block.py."""
 
     def __init__(self, d_model, n=16, expand=2, direction="bidirectional", fuse="average"):
         super().__init__()
-        self.direction, self.fuse = _choose("direction", direction, DIRECTIONS), _choose("fuse", fuse, FUSIONS)
+        self.direction = _choose("direction", direction, DIRECTIONS)
+        self.fuse = _choose("fuse", fuse, FUSIONS)
         d = expand * d_model
         self.norm = RMSNorm(d_model)
         self.in_proj = nn.Linear(d_model, 2 * d, bias=False)
-        self.first, self.second = ConvS6(d, n), ConvS6(d, n)                 # parameters of their own
+        self.first, self.second = ConvS6(d, n), ConvS6(d, n)
         self.out_proj = nn.Linear(d if fuse == "average" else 2 * d, d_model, bias=False)
 
     def forward(self, x):
-        a, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)                   # (b, l, d) twice
-        first = self.first(a)
-        second = self.second(a.flip(1)).flip(1) if self.direction == "bidirectional" else self.second(a)
-        gate = F.silu(z)
-        if self.fuse == "average":
-            y = (first + second) * (0.5 * gate)                              # (b, l, d)
+        a, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)                     # (b, l, d) each
+        first, gate = self.first(a), F.silu(z)
+        if self.direction == "bidirectional":
+            second = self.second(a.flip(1)).flip(1)
         else:
-            y = torch.cat([first * gate, second * gate], dim=-1)             # (b, l, 2d)
+            second = self.second(a)
+        if self.fuse == "average":
+            y = (first + second) * (0.5 * gate)                                # (b, l, d)
+        else:
+            y = torch.cat([first * gate, second * gate], dim=-1)               # (b, l, 2d)
         return x + self.out_proj(y)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The classifier: one frame, whatever reads the tokens.
 
 class ImageClassifier(nn.Module):
-    """images (b, channels, height, width) -> logits (b, classes), by any body that reads tokens.
+    """Images (b, channels, height, width) -> logits (b, classes), by any body that reads tokens.
 
-    body        module, (b, l, d_model) -> (b, l, width): Mamba here, an RNN from rnn.py in train_mnist.py, so that
-                models differ in their body alone
+    body        module, (b, l, d_model) -> (b, l, width). Mamba here, and in train_mnist.py also the
+                RNN of rnn.py: models then differ in their body alone
     image_size  (height, width) in pixels, both divisible by patch
     pool        "mean" or "max" over the tokens, or "last": the one at the end of the scan
+    Raises ValueError for a size that patch does not divide, and for an unknown stem or pool.
     """
 
-    def __init__(self, body, d_model, width, *, image_size=(28, 28), channels=1, patch=4, classes=10, stem="conv",
-                 pool="mean"):
+    def __init__(self, body, d_model, width, *, image_size=(28, 28), channels=1, patch=4,
+                 classes=10, stem="conv", pool="mean"):
         super().__init__()
-        self.pool = _choose("pool", pool, POOLS)
         _check_divisible(image_size, patch)
-        tokens = (image_size[0] // patch) * (image_size[1] // patch)
-        self.image_size = tuple(image_size)
+        self.image_size, self.pool = tuple(image_size), _choose("pool", pool, POOLS)
         self.stem = Stem(channels, d_model, patch, stem)
+        tokens = (image_size[0] // patch) * (image_size[1] // patch)
         self.position = nn.Parameter(0.02 * torch.randn(tokens, d_model))
         self.body = body
         self.norm = RMSNorm(width)
@@ -125,18 +142,24 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images):
         """Raises ValueError for images of another shape than the model was made for."""
-        if tuple(images.shape[2:]) != self.image_size:
+        if images.ndim == 4 and tuple(images.shape[2:]) != self.image_size:
             raise ValueError(f"images must have {self.image_size[0]}x{self.image_size[1]} pixels, "
                              f"got shape {tuple(images.shape)}")
-        x = self.norm(self.body(self.stem(images) + self.position))          # (b, l, width)
-        x = {"mean": lambda: x.mean(1), "max": lambda: x.amax(1), "last": lambda: x[:, -1]}[self.pool]()
-        return self.head(x)                                                  # (b, classes)
+        x = self.norm(self.body(self.stem(images) + self.position))            # (b, l, width)
+        if self.pool == "mean":
+            x = x.mean(1)
+        elif self.pool == "max":
+            x = x.amax(1)
+        else:
+            x = x[:, -1]
+        return self.head(x)                                                    # (b, classes)
 
 
 class VisionMamba(ImageClassifier):
-    """An ImageClassifier whose body is a stack of VisionBlocks. Further arguments as there."""
+    """An ImageClassifier whose body is a stack of VisionBlocks; `frame` goes to ImageClassifier."""
 
-    def __init__(self, d_model=64, layers=2, n=16, direction="bidirectional", fuse="average", **frame):
+    def __init__(self, d_model=64, layers=2, n=16, direction="bidirectional", fuse="average",
+                 **frame):
         blocks = [VisionBlock(d_model, n, direction=direction, fuse=fuse) for _ in range(layers)]
         scale_residuals(blocks)
         super().__init__(nn.Sequential(*blocks), d_model, d_model, **frame)
