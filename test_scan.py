@@ -256,7 +256,7 @@ def test_reversing_the_image_and_swapping_the_branches_mirrors_the_result():
 
 
 def test_constant_delta_B_C_is_a_convolution():
-    """Catches: a decay one step early or late. Without selection y = K * x, K_j = Σ_n C Ā^j B̄: S4."""
+    """Catches: a decay one step early or late. y = K * x, K_j = Σ_n C Ā^j B̄: that is S4."""
     x, delta, A, B, C, _, _ = constants(b=1, l=50)
     delta, B, C = (t[:, :1].expand_as(t) for t in (delta, B, C))
     step = delta[0, 0, :, None]                                                # (d, 1)
@@ -298,7 +298,7 @@ def test_padding_changes_nothing_wherever_it_stands():
 
 
 def test_zoh_and_euler_agree_as_delta_vanishes():
-    """Catches: a wrong B̄. Euler's error is about |ΔA|/2: ten times less Δ, ten times less of it."""
+    """Catches: a wrong B̄. Euler's error is about |ΔA|/2: a tenth of Δ makes a tenth of it."""
     x, delta, A, B, C, _, _ = constants(l=1)
     errors = []
     for scale in (1e-2, 1e-3, 1e-4):
@@ -310,14 +310,15 @@ def test_zoh_and_euler_agree_as_delta_vanishes():
 
 
 def test_zoh_is_the_exact_solution_while_x_is_held():
-    """Catches: zero-order hold in name only. Two half steps must equal a whole one; Euler's do not."""
+    """Catches: zero-order hold in name only. Two half steps equal a whole one; Euler's do not."""
     x, delta, A, B, C, _, h0 = constants(l=1)
     for method, z in WAYS:
         _, whole = scanner(method, z)(x, delta, A, B, C, None, h0)
         twice = [t.repeat(1, 2, 1) for t in (x, delta / 2, B, C)]
         _, halves = scanner(method, z)(twice[0], twice[1], A, twice[2], twice[3], None, h0)
-        print(f"    {method}, {z}: two half steps and a whole one differ by {error(halves, whole):.1e}")
-        assert (error(halves, whole) < 1e-14) == (z == "zoh")
+        difference = error(halves, whole)
+        print(f"    {method}, {z}: two half steps and a whole one differ by {difference:.1e}")
+        assert (difference < 1e-14) == (z == "zoh")
 
 
 def test_compiled_and_eager_agree():
@@ -534,7 +535,7 @@ def test_two_runs_with_one_seed_are_bitwise_equal_and_with_two_are_not():
 
 
 def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_weights():
-    """Catches: a checkpoint without the optimizer, the average, the order of images or the warps."""
+    """Catches: a checkpoint without the optimizer, the average, or the order of the images."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "a.pt")
         for model in train_mnist.MODELS:
@@ -543,7 +544,8 @@ def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_weights():
             for patience in (1, 5, 8, 11):      # fit asks before each step and batch of the test
                 looks = iter(range(patience))
                 part = Trainer(small(model=model), digits(), CPU)
-                finished, _ = quietly(train_mnist.fit, part, path, lambda: next(looks, None) is None)
+                finished, _ = quietly(train_mnist.fit, part, path,
+                                      lambda: next(looks, None) is None)
                 assert not finished and part.step < whole.steps
                 part = Trainer(small(model=model), digits(), CPU)
                 part.load(path)

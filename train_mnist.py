@@ -457,8 +457,8 @@ def run(settings, data, device, out, resume):
     with Interrupt() as stop:
         finished = fit(trainer, path, stop)
     if not finished:
-        print(f"\nstopped at step {trainer.step} of {trainer.steps}, saved in {path}: --resume "
-              f"goes on from there", flush=True)
+        print(f"\nstopped at step {trainer.step} of {trainer.steps}" + (
+            f", saved in {path}: --resume goes on from there" * os.path.exists(path)), flush=True)
     else:
         names = ("model", "dataset", "seed", "params", "epochs", "test_accuracy", "seconds")
         row = result(trainer)
