@@ -139,7 +139,8 @@ def load_data(data_dir, source="auto"):
         try:
             download_mnist(data_dir, raw)
         except Exception as error:       # no network, a broken download, an unwritable folder
-            problem = f"MNIST is not in {raw} and cannot be downloaded ({first_line(error)})"
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            problem = f"MNIST is not in {raw} and cannot be downloaded ({reason[-1]})"
             if source == "real":
                 raise UserError(f"{problem}: connect to the network, put the four files there, or "
                                 f"use --data synthetic") from None
