@@ -1,4 +1,4 @@
-"""block.py: what Mamba wraps around the scan: gate, short convolution, norm, residual.
+"""block.py: what Mamba wraps around the scan: gate, short convolution, norm, residual; and the LM.
 
     a, z = in_proj(norm(x))              widen d_model to twice d: a goes in, z is the gate
     y    = S6(SiLU(conv(a)))             each token meets the three before it, then the state
@@ -10,7 +10,8 @@ tokens long. It gives Δ, B and C a glimpse of the neighbourhood, so that "write
 depend on more than one token.
 
 A block can stop and go on. `State` is all it remembers of a sequence, however long: a window of the
-convolution's last three inputs, and the state h of the scan.
+convolution's last three inputs, and the state h of the scan. `MambaLM` stacks blocks between an
+embedding and a head that is the embedding again, and its state is one State per block.
 
 Symbols: the glossary of s6.py; besides, d_model is the width of the residual stream, and d that
 inside the block, twice as wide. Left out: dropout, and the fused kernel's trick of computing the
@@ -141,6 +142,72 @@ class MambaBlock(nn.Module):
         """x (b, l, d_model) -> the same shape, and with return_state the State after x."""
         out = self.mixer(self.norm(x), state, mask, method=method, return_state=return_state)
         return (x + out[0], out[1]) if return_state else x + out
+
+
+# --------------------------------------------------------------------------------------------------
+# The language model.
+
+class MambaLM(nn.Module):
+    """Tokens (b, l) of int64 -> logits (b, l, vocabulary) for the token that comes next.
+
+    A prompt goes through in one call, and then one token at a time, each at the same cost however
+    long the text has become: give the states that one call returns to the next.
+    """
+
+    def __init__(self, vocabulary, d_model=128, layers=4, n=16, expand=2, dt_rank=None, d_conv=4):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, d_model)
+        # The head reads with the same matrix. 0.02 makes the first logits small: ln(vocabulary).
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.layers = nn.ModuleList(MambaBlock(d_model, n, expand, dt_rank, d_conv)
+                                    for _ in range(layers))
+        self.norm_f = RMSNorm(d_model)
+        scale_residuals(self.layers)
+
+    def forward(self, tokens, states=None, *, method="auto", return_state=False):
+        """tokens (b, l) -> logits (b, l, vocabulary), and with return_state a State per layer.
+
+        states   what an earlier call returned, to go on from; None at the beginning of a text
+        """
+        x, new = self.embedding(tokens), []                                    # (b, l, d_model)
+        for layer, state in zip(self.layers, states or [None] * len(self.layers)):
+            out = layer(x, state, method=method, return_state=return_state)
+            x, state = out if return_state else (out, None)
+            new.append(state)
+        logits = F.linear(self.norm_f(x), self.embedding.weight)
+        return (logits, new) if return_state else logits
+
+
+def load_official(state_dict):
+    """Weights by the names of state-spaces/mamba (1.x) or transformers -> a MambaLM with them.
+
+    All sizes are read from the shapes; a padded vocabulary stays padded.
+    Raises ValueError if this is no Mamba-1 language model with a tied head, saying what differs.
+    """
+    weights = {}
+    for name, weight in state_dict.items():
+        name = name.removeprefix("backbone.").replace("embeddings.", "embedding.")
+        name = name.replace("mixer.conv1d.", "mixer.path.conv1d.")
+        for own in ("x_proj.", "dt_proj.", "A_log", "D"):
+            name = name.replace(f"mixer.{own}", f"mixer.path.s6.{own}")
+        weights[name] = weight
+    try:
+        embedding, path = weights["embedding.weight"], "layers.0.mixer.path."
+        d, n = weights[path + "s6.A_log"].shape
+        dt_rank = weights[path + "s6.dt_proj.weight"].shape[-1]
+        d_conv = weights[path + "conv1d.weight"].shape[-1]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"no weights of a Mamba-1 language model: there is no {error}") from None
+    if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
+        raise ValueError("lm_head.weight differs from the embedding; here the head is tied to it")
+    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
+    vocabulary, d_model = embedding.shape
+    model = MambaLM(vocabulary, d_model, layers, n, d // d_model, dt_rank, d_conv)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"these weights do not fit: {' '.join(str(error).split())}") from None
+    return model
 
 
 # --------------------------------------------------------------------------------------------------

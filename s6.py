@@ -85,7 +85,8 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
 # the sequence: O(l²) work. So both loops are written out. A time step is a handful of passes over
 # the state, and these are what make the passes few and fast:
 #   - inside the loops a state is (b, n, d): with the channels innermost every pass runs along
-#     memory, and the sums over n (for y) and over d (for ∂B and ∂C) are thin matrix products;
+#     memory, and the sums over n (for y) and over d (for ∂B and ∂C) are products of a row and a
+#     matrix, which read the state once and write next to nothing;
 #   - Ā and B̄ exist one time step at a time, in buffers that are used again, never as (b, l, n, d);
 #   - only every `keep`-th state survives the forward loop. The backward loop computes those between
 #     again, a chunk at a time: with keep ≈ √l that is √l states to keep and √l to hold at a time,
@@ -140,6 +141,23 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Optional[Tensor]
 
 
 @_script
+def _hold_backward(A_bar: Tensor, h: Tensor, g: Tensor, x: Tensor, B: Tensor, A: Tensor,
+                   grad_A: Tensor) -> Tensor:
+    """What zero-order hold adds to a step of `_backward`: -> the gradient of B_t x_t, (b, n, d).
+
+    h_t = Ā h_{t-1} + (Ā - 1) w with w = B_t x_t / A. So the gradient of B_t x_t is (Ā - 1) g / A,
+    and A gets a term for dividing there. Ā multiplies h_{t-1} + w, which is left in h; and Ā, which
+    came as Ā - 1, is left in A_bar. What remains to be done is as in Euler's step.
+    """
+    w = B * x / A
+    r = A_bar * g / A
+    grad_A.addcmul_(r, w, value=-1.0)
+    h.add_(w)
+    A_bar.add_(1.0)
+    return r
+
+
+@_script
 def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
               kept: Tensor, keep: int, zoh: bool
               ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -182,22 +200,16 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
             else:
                 torch.mul(h[i], A_bars[i].exp_(), out=h[i + 1])
                 h[i + 1].addcmul_(B_t[t], u_t[t])
-            torch.bmm(grad_y_t[t], h_rows[i + 1], out=grad_C_t[t])                # ∂C_t   (b, 1, n)
+            torch.bmm(grad_y_t[t], h_rows[i + 1], out=grad_C_t[t])             # ∂C_t   (b, 1, n)
         for t in range(stop - 1, start - 1, -1):                               # and back
             i = t - start
             g.addcmul_(C_t[t], grad_y_t[t])                                    # g_t    (b, n, d)
             if zoh:
-                # h_t = Ā h_{t-1} + (Ā - 1) w, w = B_t x_t / A: so ∂h_t/∂Ā = h_{t-1} + w, which is
-                # put in h[i], and r = (Ā - 1) g / A is what B and x see; A also divides in w
-                w = B_t[t] * u_t[t] / A
-                r = A_bars[i] * g / A
-                grad_A.addcmul_(r, w, value=-1.0)
+                r = _hold_backward(A_bars[i], h[i], g, u_t[t], B_t[t], A, grad_A)
                 torch.bmm(u_t[t], r.transpose(1, 2), out=grad_B_t[t])
                 torch.bmm(B_row[t], r, out=grad_u_t[t])
-                h[i].add_(w)
-                A_bars[i].add_(1.0)
             else:
-                torch.bmm(u_t[t], g_rows, out=grad_B_t[t])                        # ∂B_t   (b, 1, n)
+                torch.bmm(u_t[t], g_rows, out=grad_B_t[t])                     # ∂B_t   (b, 1, n)
                 torch.bmm(B_row[t], g, out=grad_u_t[t])                        # ∂u_t   (b, 1, d)
             q = h[i].mul_(g.mul_(A_bars[i]))             # q = Ā_t g_t h_{t-1}; g becomes Ā_t g_t
             grad_A.addcmul_(q, delta_t[t])

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 import s6
 import train_mnist
-from block import MambaBlock, causal_conv, parameter_groups
+from block import MambaBlock, MambaLM, causal_conv, load_official, parameter_groups
 from rnn import RNN
 from s6 import S6, definition, selective_scan
 from train_mnist import Trainer, UserError
@@ -461,6 +461,59 @@ def test_all_models_have_one_budget():
     print(f"    parameters: {counts}")
     assert counts["bidirectional"] == counts["causal"] <= 100_000
     assert abs(counts["rnn"] / counts["causal"] - 1) < 0.05
+
+
+def language_model():
+    """A small language model in float64, not fresh: its biases and norms say something too."""
+    torch.manual_seed(0)
+    model = MambaLM(vocabulary=13, d_model=16, layers=4, n=4).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model, torch.randint(0, 13, (2, 12))
+
+
+def test_a_prompt_of_any_length_and_then_step_by_step_is_the_whole_text():
+    """Catches: a prompt shorter than the convolution's window, states given to the wrong layer."""
+    model, tokens = language_model()
+    with torch.no_grad():
+        whole, last = model(tokens, return_state=True)
+        for prompt in range(1, 10):
+            logits, states = model(tokens[:, :prompt], return_state=True)
+            parts = [logits]
+            for t in range(prompt, 12):
+                logits, states = model(tokens[:, t:t + 1], states, return_state=True)
+                parts.append(logits)
+            worst = max(error(torch.cat(parts, 1), whole), states_error(states, last))
+            allow(f"four layers, prompt of {prompt}: logits and states", worst, 1e-13)
+
+
+def test_the_language_model_begins_with_a_blind_guess():
+    """Catches: a head that is not scaled as an embedding that is also a head must be."""
+    torch.manual_seed(0)
+    model, tokens = MambaLM(65), torch.randint(0, 65, (4, 65))
+    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).item()
+    allow(f"first loss {loss:.3f}, ln 65 = {math.log(65):.3f}", abs(loss - math.log(65)), 0.1)
+
+
+def test_official_weights_load_by_either_set_of_names():
+    """Catches: a parameter that the official weights know by another name or in another shape."""
+    model, tokens = language_model()
+    for name, tied in (("embedding", True), ("embeddings", False)):     # mamba_ssm, transformers
+        official = {}
+        for key, weight in model.state_dict().items():
+            key = key.replace("path.s6.", "").replace("path.", "").replace("embedding", name)
+            official["backbone." + key] = weight
+        if tied:
+            official["lm_head.weight"] = model.embedding.weight
+        loaded = load_official(official).double()
+        # load_official makes a float32 model, which rounds the float64 weights of this test
+        allow(f"backbone.{name}.weight, …", error(loaded(tokens), model(tokens)), 1e-5)
+    official["lm_head.weight"] = 1 + model.embedding.weight
+    raises(["lm_head.weight", "tied"], lambda: load_official(official))
+    raises(["embedding.weight"], lambda: load_official({"fc.weight": torch.ones(2, 2)}))
+    del official["lm_head.weight"], official["backbone.norm_f.weight"]
+    raises(["norm_f.weight"], lambda: load_official(official))
 
 
 def test_any_image_that_the_patch_divides():
