@@ -87,15 +87,16 @@ class ConvS6(nn.Module):
         if mask is not None:
             # The convolution would see padding between two words. So padding moves behind the last
             # real token, where a causal model does not look, and in the end y moves back.
+            padding = (mask == 0).unsqueeze(-1)
             order = torch.argsort((mask == 0).int(), dim=1, stable=True)
-            a = _take(a, order)
+            a = _take(a.masked_fill(padding, 0), order)
         window, h0 = (None, None) if state is None else state
         out = F.silu(causal_conv(a, self.conv1d.weight, self.conv1d.bias, window))
         out = self.s6(out, h0, None if mask is None else mask.gather(1, order), method=method,
                       return_state=return_state)
         y, h = out if return_state else (out, None)
         if mask is not None:
-            y = _take(y, torch.argsort(order, dim=1)) * mask.unsqueeze(-1).to(y.dtype)
+            y = _take(y, torch.argsort(order, dim=1)).masked_fill(padding, 0)
         return (y, State(self._next_window(a, window, mask), h)) if return_state else y
 
     def _next_window(self, a, window, mask):
@@ -157,21 +158,23 @@ class MambaLM(nn.Module):
     def __init__(self, vocabulary, d_model=128, layers=4, n=16, expand=2, dt_rank=None, d_conv=4):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, d_model)
-        # The head reads with the same matrix. 0.02 makes the first logits small: ln(vocabulary).
+        # The head is the same matrix: 0.02 keeps the first logits near 0, so that the first loss
+        # is near ln(vocabulary).
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.layers = nn.ModuleList(MambaBlock(d_model, n, expand, dt_rank, d_conv)
                                     for _ in range(layers))
         self.norm_f = RMSNorm(d_model)
         scale_residuals(self.layers)
 
-    def forward(self, tokens, states=None, *, method="auto", return_state=False):
+    def forward(self, tokens, states=None, mask=None, *, method="auto", return_state=False):
         """tokens (b, l) -> logits (b, l, vocabulary), and with return_state a State per layer.
 
         states   what an earlier call returned, to go on from; None at the beginning of a text
+        mask     (b, l) or None: 0 for padding, where the logits mean nothing
         """
         x, new = self.embedding(tokens), []                                    # (b, l, d_model)
-        for layer, state in zip(self.layers, states or [None] * len(self.layers)):
-            out = layer(x, state, method=method, return_state=return_state)
+        for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
+            out = layer(x, state, mask, method=method, return_state=return_state)
             x, state = out if return_state else (out, None)
             new.append(state)
         logits = F.linear(self.norm_f(x), self.embedding.weight)
@@ -196,8 +199,10 @@ def load_official(state_dict):
         d, n = weights[path + "s6.A_log"].shape
         dt_rank = weights[path + "s6.dt_proj.weight"].shape[-1]
         d_conv = weights[path + "conv1d.weight"].shape[-1]
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
         raise ValueError(f"no weights of a Mamba-1 language model: there is no {error}") from None
+    except ValueError:
+        raise ValueError("no weights of Mamba-1: A_log is not of shape (d, n)") from None
     if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
         raise ValueError("lm_head.weight differs from the embedding; here the head is tied to it")
     layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))

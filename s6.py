@@ -62,16 +62,17 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
 
     Shapes and ranges as in the glossary. Nothing here is clever: one can believe it by reading it.
     "zoh" holds x constant during a step and solves h' = A h + B x exactly (equation 4 of the
-    paper). "euler" replaces its B̄ = (exp(ΔA) - 1)/A B by ΔB, a relative error of about |ΔA|/2:
-    Mamba trains so.
+    paper): B̄ = ((exp(ΔA) - 1)/A) B. "euler" puts ΔB in its place, as Mamba does in training. That
+    is too large by about |ΔA|/2 while |ΔA| is small, and by a factor of 2 at A = -16, Δ = 0.1.
     """
     h = x.new_zeros(x.shape[0], *A.shape) if h0 is None else h0                # (b, d, n)
     ys = []
     for t in range(x.shape[1]):
         delta_A = delta[:, t, :, None] * A                                     # (b, d, n)
         A_bar = torch.exp(delta_A)                                             # (b, d, n)
-        B_bar = torch.expm1(delta_A) / A if discretization == "zoh" else delta[:, t, :, None]
-        h = A_bar * h + B_bar * B[:, t, None, :] * x[:, t, :, None]            # (b, d, n)
+        hold = torch.expm1(delta_A) / A if discretization == "zoh" else delta[:, t, :, None]
+        B_bar = hold * B[:, t, None, :]                                        # (b, d, n)
+        h = A_bar * h + B_bar * x[:, t, :, None]                               # (b, d, n)
         ys.append((h * C[:, t, None, :]).sum(-1))                              # (b, d)
     y = torch.stack(ys, 1)                                                     # (b, l, d)
     return (y if D is None else y + D * x), h
@@ -87,10 +88,10 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
 #   - inside the loops a state is (b, n, d): with the channels innermost every pass runs along
 #     memory, and the sums over n (for y) and over d (for ∂B and ∂C) are products of a row and a
 #     matrix, which read the state once and write next to nothing;
-#   - Ā and B̄ exist one time step at a time, in buffers that are used again, never as (b, l, n, d);
+#   - B̄ is never formed, and Ā for one step only, in a buffer that is used again;
 #   - only every `keep`-th state survives the forward loop. The backward loop computes those between
-#     again, a chunk at a time: with keep ≈ √l that is √l states to keep and √l to hold at a time,
-#     for one more forward pass.
+#     and their Ā again, a chunk at a time. With keep ≈ √l that is √l states to keep and 2√l to hold
+#     for a while instead of l, for one more forward pass.
 
 def _script(function):
     """Compile with TorchScript, or return the function as it is where TorchScript does not work.
@@ -229,7 +230,8 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
 #     (a₂, s₂) ∘ (a₁, s₁) = (a₂ a₁, a₂ s₁ + s₂)
 #
 # so a prefix scan over the k pairs finds all the starts in log₂ k steps. Then the pieces are
-# scanned again, from there. That is twice the work in far fewer steps; nothing is ever divided.
+# scanned again, from there. That is twice the work in far fewer steps, and √(k l) states to keep
+# instead of √l. Nothing is ever divided, so nothing overflows.
 
 def _start_states(u, delta, A, B, h0, pieces, zoh):
     """The state before each piece, (b·k, n, d).
@@ -245,7 +247,8 @@ def _start_states(u, delta, A, B, h0, pieces, zoh):
     a = torch.cat([torch.ones_like(a[:, :1]), a[:, :-1]], 1)
     hop = 1
     while hop < pieces:
-        # (a, s) number j spans `hop` pieces up to j, then twice as many (Hillis & Steele 1986)
+        # Number j spans the last `hop` pieces up to j, and then twice as many: with four pieces,
+        # j - 1 and j after the first round, all four after the second (Hillis & Steele 1986).
         s = torch.cat([s[:, :hop], torch.addcmul(s[:, hop:], a[:, hop:], s[:, :-hop])], 1)
         a = torch.cat([a[:, :hop], a[:, hop:] * a[:, :-hop]], 1)
         hop *= 2
@@ -275,7 +278,7 @@ def _scan(x, delta, A, B, C, h0, pieces, zoh, keep_states):
     keep = max(1, round(math.sqrt(u.shape[1])) if keep_states else u.shape[1])
     y, kept, h = _forward(u, delta, A, B, C, h0, keep, zoh)
     if pieces > 1:
-        y, h = _unfold(y, pieces, l), h[pieces - 1::pieces]
+        y, h = _unfold(y, pieces, l), h[pieces - 1::pieces].contiguous()
     return y, h, kept, keep
 
 
@@ -284,7 +287,9 @@ def _end_gradients(grad_y, delta, A, C, grad_h, pieces):
 
     g_t = Ā_{t+1} g_{t+1} + C_t ȳ_t is the forward recurrence on the reversed sequence: ȳ in u's
     place, C in B's, and for Δ that of the next token (0 at the end: grad_h enters undamped). So
-    `_start_states` finds the g of the token that comes after each piece.
+    `_start_states` finds the g of the token that comes after each piece. With l = 4 and k = 2, the
+    reversed pieces are [4 3] and [2 1]: it gives grad_h to the first and g_3 to the second, and
+    Ā_3 g_3 is what enters [1 2] from its end.
     """
     def flip(t):
         return _fold(_unfold(t, pieces, pieces * t.shape[1]).flip(1), pieces)
@@ -293,11 +298,11 @@ def _end_gradients(grad_y, delta, A, C, grad_h, pieces):
     next_delta = _fold(F.pad(whole[:, 1:], (0, 0, 0, 1)), pieces)              # (b·k, T, d)
     g = _start_states(flip(grad_y), flip(next_delta), A, flip(C), grad_h, pieces, False)
     g = g.unflatten(0, (-1, pieces)).flip(1).flatten(0, 1)
-    return torch.exp(next_delta[:, -1:] * A) * g           # through that token's Ā, into the piece
+    return torch.exp(next_delta[:, -1:] * A) * g
 
 
 class _Scan(torch.autograd.Function):
-    """`_scan` with its hand-derived gradient: keeps its inputs and a few states."""
+    """`_scan` with its hand-derived gradient: it keeps its inputs, and every `keep`-th state."""
 
     @staticmethod
     def forward(ctx, x, delta, A, B, C, h0, pieces, zoh):
@@ -350,8 +355,8 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
     method           "sequential": one loop over l. "parallel": pieces side by side and a prefix
                      scan. "auto": parallel on an accelerator, and on a CPU if a time step is narrow
                      (b·d·n small) and the sequence is long
-    discretization   "euler": B̄ = ΔB, what Mamba trains with. "zoh": B̄ = (exp(ΔA) - 1)/A B, exact
-                     if x is held constant during a step
+    discretization   "euler": B̄ = ΔB, what Mamba trains with. "zoh": B̄ = ((exp(ΔA) - 1)/A) B,
+                     exact if x is held constant during a step
     return_state     also return the state after the last token, (b, d, n): as h0 it goes on
 
     -> y (b, l, d) in x's dtype. The state is accumulated and returned in float32, or in float64 if
@@ -440,14 +445,15 @@ class S6(nn.Module):
         self.n, self.dt_rank = n, dt_rank or math.ceil(d / 32)
         self.x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d)
-        # At first Δ rests between 0.001 and 0.1, log-uniform over the channels. A channel remembers
-        # for about 1/Δ tokens: some look far back, some at what is near (section 3.6).
+        # For x = 0, Δ = softplus(bias): at first between 0.001 and 0.1, log-uniform over the
+        # channels, as in the authors' code. State number i, with A = -i, then remembers for about
+        # 1/(iΔ) tokens: some look far back, some at what is near.
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
         dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))         # softplus(bias) = dt
         # A = -exp(A_log) stays negative whatever the optimizer does. It starts at -1, -2, … -n, the
-        # real part of S4's states ("S4D-Real", section 3.6).
+        # diagonal of S4's HiPPO matrix ("S4D-Real", section 3.6).
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))      # (d, n)
         self.D = nn.Parameter(torch.ones(d))
 
@@ -460,7 +466,8 @@ class S6(nn.Module):
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)    # B, C: (b, l, n)
         delta = F.softplus(self.dt_proj(dt))                                   # (b, l, d), > 0
         if mask is not None:
-            delta = delta * mask.unsqueeze(-1)
+            padding = (mask == 0).unsqueeze(-1)
+            x, delta = x.masked_fill(padding, 0), delta.masked_fill(padding, 0)
         A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))
         A = -torch.exp(A_log)
         return selective_scan(x, delta, A, B, C, self.D, h0, method=method,
@@ -486,7 +493,7 @@ WAYS = {  # way, the longest sequence it is given, colour
 
 
 def _random_inputs(b, l, d, n):
-    """x, Δ, A, B, C, D as a fresh Mamba would make them, requiring gradients."""
+    """Random x, Δ (mostly 0.02 … 0.13), A, B, C, D, requiring gradients."""
     delta, A = F.softplus(torch.randn(b, l, d) - 3), -torch.arange(1.0, n + 1).repeat(d, 1)
     B, C = torch.randn(b, l, n), torch.randn(b, l, n)
     return [t.requires_grad_() for t in (torch.randn(b, l, d), delta, A, B, C, torch.ones(d))]

@@ -9,7 +9,8 @@ that it found beside the error that it allows. Read them as a lesson: two steps 
 equation against every faster way to compute it, then what follows from the equation, the models,
 and last the training script, on good days and on bad ones.
 
-Read before: s6.py. Read next: block.py.
+Read before: s6.py. Read now as far as "The layers and models", then block.py, and the rest with the
+files that it tests.
 """
 import contextlib
 import importlib.util
@@ -286,6 +287,7 @@ def test_padding_changes_nothing_wherever_it_stands():
     blocks, x = two_blocks()
     mask = torch.zeros(3, 20, dtype=torch.bool)
     padded = 100 * torch.randn(3, 20, 16).double()
+    padded[:, ::7] = math.nan
     for i in range(3):                   # 11 real tokens at random places among 20
         mask[i, torch.randperm(20)[:11]] = True
         padded[i, mask[i]] = x[i]
@@ -294,7 +296,7 @@ def test_padding_changes_nothing_wherever_it_stands():
         y, states = through(blocks, padded, None, mask)
     allow("the real tokens", error(y[mask].view_as(x), whole), 1e-14)
     allow("windows and states", states_error(states, last), 1e-14)
-    equal("the padding comes out as it went in", y[~mask], padded[~mask])
+    equal("the padding comes out as it went in", y[~mask].nan_to_num(), padded[~mask].nan_to_num())
 
 
 def test_zoh_and_euler_agree_as_delta_vanishes():
@@ -512,6 +514,8 @@ def test_official_weights_load_by_either_set_of_names():
     official["lm_head.weight"] = 1 + model.embedding.weight
     raises(["lm_head.weight", "tied"], lambda: load_official(official))
     raises(["embedding.weight"], lambda: load_official({"fc.weight": torch.ones(2, 2)}))
+    mamba2 = {**official, "backbone.layers.0.mixer.A_log": torch.ones(8)}
+    raises(["Mamba-1", "(d, n)"], lambda: load_official(mamba2))
     del official["lm_head.weight"], official["backbone.norm_f.weight"]
     raises(["norm_f.weight"], lambda: load_official(official))
 
@@ -604,7 +608,8 @@ def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_weights():
                 part.load(path)
                 quietly(train_mnist.fit, part, path)
                 assert part.accuracies == whole.accuracies
-                equal(f"{model}: stopped at look {patience} of 18", weights(part), weights(whole))
+                equal(f"{model}: stopped after {patience} looks of 18", weights(part),
+                      weights(whole))
 
 
 def test_the_synthetic_digits_are_learnable():
@@ -649,7 +654,7 @@ def test_every_documented_error_of_the_scan_is_raised():
 def test_every_documented_error_of_the_models_is_raised():
     """Catches: an image cropped in silence, a misspelt option taken for the default."""
     raises(["patch", "30x28"], lambda: VisionMamba(16, image_size=(30, 28)))
-    raises(["patch", "even"], lambda: VisionMamba(16, patch=7))
+    raises(["patch", "2 or 4", "7"], lambda: VisionMamba(16, patch=7))
     raises(["direction", "causal", "back"], lambda: VisionMamba(16, direction="back"))
     raises(["fuse", "concat", "sum"], lambda: VisionMamba(16, fuse="sum"))
     raises(["pool", "mean", "avg"], lambda: VisionMamba(16, pool="avg"))

@@ -6,14 +6,14 @@
     python train_mnist.py --compare          every model, three seeds: the README's table, figures
     python train_mnist.py --resume           go on after Ctrl-C, on a CPU to the same weights
 
-Every model gets the same tokens (the stem), the same pooling and head, the same number of
-parameters, the same augmented images, optimizer and schedule. What differs is the body that reads
-the 49 tokens.
+Every model gets the same tokens (the stem), the same pooling, a linear head, the same number of
+parameters to 1 %, the same augmented images, optimizer and schedule. What differs is the body that
+reads the 49 tokens.
 
 The recipe: AdamW, its learning rate rising over the first tenth of the steps and then falling to
 zero along a cosine; small random affine warps; and a moving average of the weights, which is what
 is tested. It was chosen on 5,000 images held out of the training set (`--holdout 5000`). The test
-set was used for the table alone, after the last epoch.
+set decided nothing: it is measured after each epoch for the figure, and the table takes the last.
 
 No network and no files: digits drawn with matplotlib's fonts stand in for MNIST, and are announced
 and labelled so.
@@ -318,9 +318,9 @@ class Trainer:
         if not math.isfinite(self.losses[self.step]) or not math.isfinite(norm):
             raise UserError(f"loss {loss.item():.3g}, gradient {norm.item():.3g} at step "
                             f"{self.step + 1} of {self.steps} with learning rate {rate:.2g}: "
-                            f"not finite. Try a smaller --lr; the last checkpoint is good")
+                            f"not finite. Start again with a smaller --lr")
         self.optimizer.step()
-        # The average spans the last 1 / (1 - decay) steps, and early on a tenth of those so far.
+        # The average spans the last ninth of the steps so far, at most 1 / (1 - decay) of them.
         decay = min(self.settings["average"], (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for average, weight in zip(self.average.parameters(), self.model.parameters()):
@@ -447,9 +447,8 @@ def run(settings, data, device, out, resume):
     path = checkpoint_path(out, data, settings)
     if resume:
         trainer.load(path)
-    elif os.path.exists(path):
-        os.replace(path, path + ".old")
-        print(f"an earlier checkpoint was there, and is now {path}.old")
+    else:
+        set_aside(path)
     print(f"model {settings['model']}  parameters {parameters(trainer)}  seed {settings['seed']}  "
           f"data {data.name}: {len(data.train_images)} training, {len(data.test_images)} test\n"
           f"device {describe(device)}  torch {torch.__version__}  loss of a blind guess ln 10 = "
@@ -464,7 +463,23 @@ def run(settings, data, device, out, resume):
         names = ("model", "dataset", "seed", "params", "epochs", "test_accuracy", "seconds")
         row = result(trainer)
         print("RESULT " + " ".join(f"{name}={row[name]}" for name in names), flush=True)
+        if stop():                       # asked for after the last look at it
+            raise KeyboardInterrupt
     return trainer, finished
+
+
+def set_aside(path):
+    """Rename an earlier checkpoint: whoever forgets --resume loses nothing."""
+    number = 1
+    while os.path.exists(f"{path}.old{number}"):
+        number += 1
+    try:
+        os.replace(path, f"{path}.old{number}")
+        print(f"an earlier checkpoint was there, and is now {path}.old{number}")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot rename {path} ({first_line(error)}): move it away") from None
 
 
 def checkpoint_path(out, data, settings):
@@ -481,7 +496,23 @@ def result(trainer):
     return {"model": t.settings["model"], "dataset": t.data.name, "seed": t.settings["seed"],
             "params": parameters(t), "epochs": t.settings["epochs"],
             "test_accuracy": f"{t.accuracies[-1]:.2f}", "seconds": f"{t.seconds():.0f}",
-            **t.machine}
+            **t.machine, "command": command(t)}
+
+
+def command(trainer):
+    """The command that trains this model: the flags that differ from the defaults."""
+    s, data = trainer.settings, trainer.data.name
+    flags = "".join(f" --{name.replace('_', '-')} {s[name]}" for name in changed(s))
+    flags += " --data synthetic" * data.startswith("synthetic") + " --quick" * ("-quick" in data)
+    flags += f" --holdout {s['test_images']}" * ("-holdout" in data)
+    return f"python train_mnist.py --model {s['model']} --seed {s['seed']}{flags}"
+
+
+def changed(settings):
+    """The names of the settings, but for model and seed, that are not the defaults."""
+    defaults = parse([])
+    return [name for name in SETTINGS if name not in ("model", "seed")
+            and settings[name] != getattr(defaults, name)]
 
 
 def describe(device):
@@ -495,10 +526,13 @@ def describe(device):
 # --------------------------------------------------------------------------------------------------
 # All models: a table and two figures.
 
-def compare(settings, seeds, data, device, out, resume, command):
-    """Train every model with every seed; then write the rows, the figures and the table."""
+def compare(settings, seeds, data, device, out, resume):
+    """Train every model with every seed; then write the rows, the figures and the table.
+
+    The files are named for the data, and for whatever is not the default.
+    """
     trainers = {model: [] for model in MODELS}
-    for seed in seeds:
+    for seed in dict.fromkeys(seeds):
         for model in MODELS:
             wanted = dict(settings, model=model, seed=seed)
             begun = os.path.exists(checkpoint_path(out, data, wanted))
@@ -506,12 +540,15 @@ def compare(settings, seeds, data, device, out, resume, command):
             if not finished:
                 return False
             trainers[model].append(trainer)
-    rows = [dict(result(t), command=command) for runs in trainers.values() for t in runs]
-    write_atomically(f"results/{data.name}.csv", lambda part: write_rows(part, rows))
-    write_atomically(f"figures/{data.name}_loss.png", lambda part: draw_loss(part, trainers))
-    write_atomically(f"figures/{data.name}_accuracy.png",
-                     lambda part: draw_accuracy(part, trainers))
-    print_table(rows, f"results/{data.name}.csv")
+    rows = [result(t) for runs in trainers.values() for t in runs]
+    name = data.name + "".join(f"-{key}-{settings[key]}" for key in changed(settings))
+    if seeds != [0, 1, 2]:
+        name += "-seeds-" + "-".join(map(str, seeds))
+    write_atomically(f"results/{name}.csv", lambda part: write_rows(part, rows))
+    write_atomically(f"figures/{name}_loss.png", lambda part: draw_loss(part, trainers))
+    write_atomically(f"figures/{name}_accuracy.png", lambda part: draw_accuracy(part, trainers))
+    print(f"\nwrote results/{name}.csv, figures/{name}_loss.png, figures/{name}_accuracy.png\n")
+    print_table(rows)
     return True
 
 
@@ -522,24 +559,24 @@ def write_rows(path, rows):
         writer.writerows(rows)
 
 
-def mean_sd(values):
+def mean_sd(values, sign=""):
+    """Mean ± standard deviation, as text; of a single value, the value."""
     values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), (values.std().item() if len(values) > 1 else 0.0)
+    spread = f" ± {values.std():.2f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.2f}{spread}"
 
 
-def print_table(rows, path):
+def print_table(rows):
     """The README's table: per model mean ± standard deviation; then the difference by seed."""
-    print(f"\nwrote {path} and its figures\n\n| model | parameters | test accuracy, % | seconds |\n"
-          f"|---|---|---|---|")
+    print("| model | parameters | test accuracy, % | seconds |\n|---|---|---|---|")
     scores = {}
     for model in MODELS:
         own = [row for row in rows if row["model"] == model]
         scores[model] = [float(row["test_accuracy"]) for row in own]
-        mean, sd = mean_sd(scores[model])
-        seconds, _ = mean_sd([float(row["seconds"]) for row in own])
-        print(f"| {model} | {own[0]['params']:,} | {mean:.2f} ± {sd:.2f} | {seconds:.0f} |")
-    mean, sd = mean_sd([a - b for a, b in zip(scores["bidirectional"], scores["causal"])])
-    print(f"\nbidirectional minus causal, seed by seed: {mean:+.2f} ± {sd:.2f}")
+        seconds = sum(float(row["seconds"]) for row in own) / len(own)
+        print(f"| {model} | {own[0]['params']:,} | {mean_sd(scores[model])} | {seconds:.0f} |")
+    differences = [a - b for a, b in zip(scores["bidirectional"], scores["causal"])]
+    print(f"\nbidirectional minus causal, seed by seed: {mean_sd(differences, '+')}")
 
 
 def draw_loss(path, trainers):
@@ -617,7 +654,7 @@ def parse(arguments):
     add("--d-model", type=count, default=64, help="width of the tokens, default %(default)s")
     add("--layers", type=count, default=2, help="default %(default)s")
     add("--hidden", type=count, default=152,
-        help="width of the RNN, default %(default)s: as many parameters as Mamba; classic: 64")
+        help="width of the RNN, default %(default)s: as many parameters as the default Mamba has")
     add("--stem", choices=STEMS, default="conv", help="from pixels to tokens, default %(default)s")
     add("--pool", choices=POOLS, default="mean", help="default %(default)s; classic RNN: last")
     add("--fuse", choices=FUSIONS, default="average", help="both directions, default %(default)s")
@@ -671,9 +708,7 @@ def main(arguments=None):
         data = Data(data.name, *(t.to(device) for t in data[1:]))
         settings = {name: getattr(args, name) for name in SETTINGS}
         if args.compare:
-            flags = " ".join(sys.argv[1:] if arguments is None else arguments)
-            finished = compare(settings, args.seeds, data, device, args.out, args.resume,
-                               "python train_mnist.py " + flags)
+            finished = compare(settings, args.seeds, data, device, args.out, args.resume)
         else:
             _, finished = run(settings, data, device, args.out, args.resume)
         return 0 if finished else 130

@@ -6,8 +6,8 @@
 
 A scan carries information one way only: to a causal model, the upper left corner of a digit never
 knows what the lower right looks like. The bidirectional block scans the same tokens twice, each
-time with weights of its own, the second time in reverse, and fuses the two outputs by average or
-concatenation.
+time with a convolution and an S6 of its own, the second time in reverse, and fuses the two outputs
+by average or concatenation. (Vision Mamba adds them; half the sum starts as large as one scan.)
 
 direction="causal" is the control: the same two branches, parameters and cost, and the second branch
 is merely not reversed. What differs between the two models is the direction, and nothing else.
@@ -63,8 +63,8 @@ class Stem(nn.Module):
         if _choose("stem", kind, STEMS) == "patch":
             self.net = nn.Conv2d(channels, d_model, patch, stride=patch)
             return
-        if patch % 2:
-            raise ValueError(f"the conv stem halves images first: patch must be even, got {patch}")
+        if patch not in (2, 4):      # three small kernels see no more than 9×9 pixels
+            raise ValueError(f"the conv stem is made for a patch of 2 or 4, got {patch}: use patch")
         thin, wide = 16, 32
         self.net = nn.Sequential(
             nn.Conv2d(channels, thin, 3, padding=1, bias=False), PixelNorm(thin), nn.SiLU(),
