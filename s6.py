@@ -13,7 +13,7 @@ decides how much of the past to keep (Δ → 0 keeps everything, Δ → ∞ keep
     class S6                              Algorithm 1 of the paper: makes Δ, B, C from x, and scans
 
 Left out: the CUDA kernel. What it computes is here. `python s6.py` shows how time and memory grow
-with length: about a minute on two cores, a table, and figures/scan_scaling.png.
+with length: half a minute on two cores, a table, and figures/scan_scaling.png.
 
 Read next: test_scan.py, why you may believe this file; then block.py, what Mamba wraps around it.
 Source: Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
