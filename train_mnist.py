@@ -1,6 +1,7 @@
 """train_mnist.py: several models, one recipe, one table.
 
-    python train_mnist.py                    the bidirectional Vision Mamba, 5 epochs
+    python train_mnist.py                    the bidirectional Vision Mamba, 5 epochs: 99.46 % after
+                                             18 minutes on one core
     python train_mnist.py --model causal     or rnn
     python train_mnist.py --quick            a first look in under a minute
     python train_mnist.py --compare          every model, three seeds: the README's table, figures
