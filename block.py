@@ -83,7 +83,6 @@ class ConvS6(nn.Module):
         mask    (b, l) or None: 0 for padding, wherever it stands. The state passes over padding as
                 if it were not there, and y is 0 there
         """
-        order = None
         if mask is not None:
             # The convolution would see padding between two words. So padding moves behind the last
             # real token, where a causal model does not look, and in the end y moves back.

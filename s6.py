@@ -231,7 +231,7 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
 #
 # so a prefix scan over the k pairs finds all the starts in log₂ k steps. Then the pieces are
 # scanned again, from there. That is twice the work in far fewer steps, and √(k l) states to keep
-# instead of √l. Nothing is ever divided, so nothing overflows.
+# instead of √l. Nothing is ever divided by a decay, so nothing overflows.
 
 def _start_states(u, delta, A, B, h0, pieces, zoh):
     """The state before each piece, (b·k, n, d).
@@ -393,8 +393,8 @@ def _pieces(x, n, method):
     if method == "sequential":
         return 1
     # On a CPU: so many that a pass over them outweighs the call, and that their states still fit
-    # the L2 cache. On a GPU a step costs its launches, however wide: √l pieces. But 16
-    # tokens in each, or there is more joining than scanning; and two pieces at least.
+    # the L2 cache. On a GPU a step costs its launches, however wide: √l pieces. But 16 tokens in
+    # each, or there is more joining than scanning; and two pieces at least.
     pieces = 8 * NARROW // width if on_cpu else math.isqrt(l)
     return max(min(2, l), min(pieces, l // 16))
 

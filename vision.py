@@ -52,9 +52,10 @@ class Stem(nn.Module):
 
     There are l = height/patch · width/patch tokens.
     "patch"  each patch of pixels is flattened and mapped linearly, as in ViT: no overlap
-    "conv"   three 3×3 convolutions that shrink the image by 1, 2 and patch/2, the last one channel
-             by channel: the same tokens in the same order, each seeing 9×9 pixels instead of its
-             own 4×4. A stroke becomes an edge before it becomes a token
+    "conv"   for a patch of 2 or 4: three 3×3 convolutions that shrink the image by 1, 2 and
+             patch/2, the last one channel by channel, and a linear map to d_model. The same tokens
+             in the same order, but each sees more than its patch: 9×9 pixels for a patch of 4. A
+             stroke becomes an edge before it becomes a token
     """
 
     def __init__(self, channels, d_model, patch=4, kind="conv"):
@@ -64,7 +65,7 @@ class Stem(nn.Module):
             self.net = nn.Conv2d(channels, d_model, patch, stride=patch)
             return
         if patch not in (2, 4):      # three small kernels see no more than 9×9 pixels
-            raise ValueError(f"the conv stem is made for a patch of 2 or 4, got {patch}: use patch")
+            raise ValueError(f"the conv stem is made for a patch of 2 or 4, got {patch}")
         thin, wide = 16, 32
         self.net = nn.Sequential(
             nn.Conv2d(channels, thin, 3, padding=1, bias=False), PixelNorm(thin), nn.SiLU(),
