@@ -93,7 +93,7 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
 #     and their Ā again, a chunk at a time. With keep ≈ √l that is √l states to keep and 2√l to hold
 #     for a while instead of l, for one more forward pass.
 
-def _script(function):
+def script(function):
     """Compile with TorchScript, or return the function as it is where TorchScript does not work.
 
     It is deprecated, and unsupported on Python ≥ 3.14. Its warning is not the reader's concern, and
@@ -107,7 +107,7 @@ def _script(function):
             return function
 
 
-@_script
+@script
 def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Optional[Tensor], h: Tensor,
              keep: int, zoh: bool) -> Tuple[Tensor, Tensor, Tensor]:
     """Scan from state h: -> y (b, l, d), every keep-th state (l/keep, b, n, d), last state.
@@ -141,7 +141,7 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Optional[Tensor]
     return y.squeeze(2).transpose(0, 1), kept, h
 
 
-@_script
+@script
 def _hold_backward(A_bar: Tensor, h: Tensor, g: Tensor, x: Tensor, B: Tensor, A: Tensor,
                    grad_A: Tensor) -> Tensor:
     """What zero-order hold adds to a step of `_backward`: -> the gradient of B_t x_t, (b, n, d).
@@ -158,7 +158,7 @@ def _hold_backward(A_bar: Tensor, h: Tensor, g: Tensor, x: Tensor, B: Tensor, A:
     return r
 
 
-@_script
+@script
 def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
               kept: Tensor, keep: int, zoh: bool
               ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
