@@ -55,7 +55,7 @@ def causal_conv(x, weight, bias, window=None):
     # (b, l, d) in memory is an image of 1×l pixels with its d channels last, the layout that suits
     # PyTorch's 2-d convolution. A conv1d would copy x to (b, d, l) and y back, half the cost again.
     image = x.transpose(1, 2).unsqueeze(2)                                     # (b, d, 1, l)
-    y = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, padding), groups=d)
+    y = F.conv2d(image, weight.view(d, 1, 1, -1), bias, padding=(0, padding), groups=d)
     return y.squeeze(2)[:, :, :l].transpose(1, 2)
 
 

@@ -18,6 +18,7 @@ import io
 import itertools
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,12 +27,15 @@ import traceback
 import torch
 import torch.nn.functional as F
 
+import block
 import s6
 import train_mnist
-from block import MambaBlock, MambaLM, causal_conv, load_official, parameter_groups
+import train_shakespeare
+from block import MambaBlock, MambaLM, causal_conv, generate, load_official, parameter_groups
 from rnn import RNN
 from s6 import S6, definition, selective_scan
-from train_mnist import Trainer, UserError
+from train_mnist import ImageTrainer, UserError
+from train_shakespeare import TextTrainer
 from vision import VisionBlock, VisionMamba
 
 METHODS, DISCRETIZATIONS = ("sequential", "parallel"), ("euler", "zoh")
@@ -193,8 +197,8 @@ def test_a_sequence_cut_anywhere_and_continued_is_the_whole():
 def through(blocks, x, states=None, mask=None):
     """Run x through blocks: -> output, states."""
     states, new = states or [None] * len(blocks), []
-    for block, state in zip(blocks, states):
-        x, state = block(x, state, mask, return_state=True)
+    for layer, state in zip(blocks, states):
+        x, state = layer(x, state, mask, return_state=True)
         new.append(state)
     return x, new
 
@@ -231,11 +235,11 @@ def test_the_future_cannot_change_the_past_when_causal_and_does_when_bidirection
     image = torch.rand(1, 1, 28, 28).double()
     darker = torch.cat([image[:, :, :20], image[:, :, 20:] / 2], 2)
     with torch.no_grad():
-        block = MambaBlock(16, n=4).double()
-        equal("block.py: tokens 7 … 11 and the tokens before", block(x)[:, :7], block(other)[:, :7])
+        layer = MambaBlock(16, n=4).double()
+        equal("block.py: tokens 7 … 11 and the tokens before", layer(x)[:, :7], layer(other)[:, :7])
         for direction in ("causal", "bidirectional"):
-            block = VisionBlock(16, n=4, direction=direction).double()
-            change = (block(x) - block(other)).abs().amax(-1)[0]
+            layer = VisionBlock(16, n=4, direction=direction).double()
+            change = (layer(x) - layer(other)).abs().amax(-1)[0]
             print(f"    {direction}: tokens 7 … 11 change those before by {change[:7].max():.1e}")
             assert (change[:7].max() == 0) == (direction == "causal") and change[7:].min() > 0
             model = VisionMamba(16, layers=2, direction=direction).double()
@@ -249,11 +253,11 @@ def test_the_future_cannot_change_the_past_when_causal_and_does_when_bidirection
 def test_reversing_the_image_and_swapping_the_branches_mirrors_the_result():
     """Catches: branches that share what they should not, a fusion that favours one of them."""
     torch.manual_seed(0)
-    block, x = VisionBlock(16, n=4).double(), torch.randn(2, 9, 16).double()
+    layer, x = VisionBlock(16, n=4).double(), torch.randn(2, 9, 16).double()
     with torch.no_grad():
-        y = block(x)
-        block.first, block.second = block.second, block.first
-        allow("9 tokens", error(block(x.flip(1)).flip(1), y), 1e-15)
+        y = layer(x)
+        layer.first, layer.second = layer.second, layer.first
+        allow("9 tokens", error(layer(x.flip(1)).flip(1), y), 1e-15)
 
 
 def test_constant_delta_B_C_is_a_convolution():
@@ -326,12 +330,9 @@ def test_zoh_is_the_exact_solution_while_x_is_held():
 def test_compiled_and_eager_agree():
     """Catches: TorchScript reading the loops differently; a fallback that nobody has ever run."""
     spec = importlib.util.spec_from_file_location("s6_eager", s6.__file__)
-    eager, script = importlib.util.module_from_spec(spec), torch.jit.script
-    torch.jit.script = None              # calling it raises a TypeError
-    try:
+    eager = importlib.util.module_from_spec(spec)
+    with replaced(torch.jit, "script", None):    # calling it raises a TypeError
         spec.loader.exec_module(eager)
-    finally:
-        torch.jit.script = script
     compiled = isinstance(s6._forward, torch.jit.ScriptFunction)
     assert not isinstance(eager._forward, torch.jit.ScriptFunction)
     assert compiled or sys.version_info >= (3, 14) or os.environ.get("PYTORCH_JIT") == "0"
@@ -520,6 +521,45 @@ def test_official_weights_load_by_either_set_of_names():
     raises(["norm_f.weight"], lambda: load_official(official))
 
 
+def test_the_step_that_generates_is_the_model():
+    """Catches: a term lost in the second writing of the equations, weights laid out wrongly."""
+    model, tokens = language_model()
+    with torch.no_grad():
+        whole = model(tokens[:1])[0]
+        for prompt in range(1, 10):
+            _, states = model(tokens[:1, :prompt], return_state=True)
+            laid_out = block._lay_out(model, states)
+            logits = torch.cat([block._step(t, *laid_out) for t in tokens[0, prompt:].tolist()])
+            allow(f"four layers, prompt of {prompt}: logits", error(logits, whole[prompt:]), 1e-13)
+
+
+def test_generation_with_one_seed_repeats_and_draws_from_the_softmax():
+    """Catches: a draw that nobody seeded, a temperature that is not one, a k off by one."""
+    model, tokens = language_model()
+    texts = [sum(generate(model, tokens[0], 40, seed=seed), []) for seed in (0, 0, 1)]
+    print(f"    seeds 0, 0, 1: {' | '.join(str(text[:8])[1:-1] for text in texts)}")
+    assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 40
+    greedy = sum(generate(model, tokens[0], 20, temperature=0), [])
+    with torch.no_grad():
+        read = torch.cat([tokens[:1], torch.tensor([greedy])], 1)
+        assert model(read)[0, 11:-1].argmax(-1).tolist() == greedy
+    assert sum(generate(model, tokens[0], 20, top_k=1, seed=3), []) == greedy
+    # Without layers the logits depend on the last token alone: a Markov chain, to be counted.
+    chain = MambaLM(4, 8, layers=0)
+    with torch.no_grad():
+        chain.embedding.weight.normal_(std=1.0)
+        logits = chain(torch.arange(4).unsqueeze(0))[0] / 2
+    for k in (4, 2):
+        kept = logits.masked_fill(logits < logits.topk(k)[0][:, -1:], -math.inf).softmax(-1)
+        text = sum(generate(chain, torch.tensor([0]), 20000, temperature=2.0, top_k=k), [0])
+        pairs = torch.tensor(text[:-1]) * 4 + torch.tensor(text[1:])
+        counts = torch.bincount(pairs, minlength=16).view(4, 4)
+        worst = (counts - counts.sum(1, keepdim=True) * kept).abs().max().item() / len(text)
+        allow(f"temperature 2, top {k}: frequencies of the 16 pairs", worst, 0.01)
+    raises(["prompt", "(0,)"], lambda: list(generate(model, tokens[0, :0], 1)))
+    raises(["top_k"], lambda: list(generate(model, tokens[0], 1, top_k=0)))
+
+
 def test_any_image_that_the_patch_divides():
     """Catches: 28×28 or one channel written into the model."""
     for channels, size, fuse, pool, stem in ((1, (28, 28), "average", "mean", "conv"),
@@ -535,7 +575,7 @@ def test_the_first_loss_is_that_of_a_blind_guess():
     """Catches: an initialisation that is sure of itself before it has seen anything."""
     data, blind = digits(), math.log(10)
     for model in train_mnist.MODELS:
-        trainer = Trainer(settings(model=model), data, CPU)
+        trainer = ImageTrainer(settings(model=model), data, CPU)
         logits = trainer.model(train_mnist.normalize(data.test_images))
         loss = F.cross_entropy(logits, data.test_labels).item()
         allow(f"{model}: first loss {loss:.3f}, ln 10 = {blind:.3f}", abs(loss - blind), 0.3)
@@ -572,6 +612,17 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in parameters])
 
 
+@contextlib.contextmanager
+def replaced(module, name, value):
+    """In here, module.name is value."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
 def quietly(function, *args):
     """Call without its printing: -> result, what it said on stderr."""
     err = io.StringIO()
@@ -579,46 +630,128 @@ def quietly(function, *args):
         return function(*args), err.getvalue()
 
 
+def text_trainer(string=None, **changes):
+    """A language model that trains in seconds, by default on 1,000 characters of help texts."""
+    args = train_shakespeare.parse([])
+    defaults = {name: getattr(args, name) for name in train_shakespeare.SETTINGS}
+    tiny = {"d_model": 16, "layers": 2, "batch": 4, "block": 16, "epochs": 2, "forget": 0.2}
+    text = train_shakespeare.synthetic_text()
+    string = string or "".join(text.vocabulary[t] for t in text.train[:1000])
+    return TextTrainer({**defaults, **tiny, **changes}, train_shakespeare.split("tiny", string), CPU)
+
+
 def test_two_runs_with_one_seed_are_bitwise_equal_and_with_two_are_not():
     """Catches: a draw that nobody seeded, a seed that nobody reads."""
-    runs = []
     with tempfile.TemporaryDirectory() as folder:
-        for seed in (0, 0, 1):
-            trainer = Trainer(small(seed=seed), digits(), CPU)
-            quietly(train_mnist.fit, trainer, os.path.join(folder, "a.pt"))
-            runs.append(weights(trainer))
-    equal("seed 0 and seed 0", runs[0], runs[1])
-    assert not torch.equal(runs[0], runs[2])
+        for name, make in (("images", lambda seed: ImageTrainer(small(seed=seed), digits(), CPU)),
+                           ("text", lambda seed: text_trainer(seed=seed))):
+            runs = []
+            for seed in (0, 0, 1):
+                trainer = make(seed)
+                quietly(train_mnist.fit, trainer, os.path.join(folder, "a.pt"))
+                runs.append(weights(trainer))
+            equal(f"{name}, seed 0 and seed 0", runs[0], runs[1])
+            assert not torch.equal(runs[0], runs[2])
 
 
 def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_weights():
-    """Catches: a checkpoint without the optimizer, the average, or the order of the images."""
+    """Catches: a checkpoint without the optimizer, the average, the order of the images, or the
+    states that a language model carries from batch to batch."""
+    def image_model(name):
+        return lambda: ImageTrainer(small(model=name), digits(), CPU)
+
+    makers = {**{name: image_model(name) for name in train_mnist.MODELS}, "text": text_trainer}
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "a.pt")
-        for model in train_mnist.MODELS:
-            whole = Trainer(small(model=model), digits(), CPU)
+        for name, make in makers.items():
+            whole = make()
             quietly(train_mnist.fit, whole, path)
             for patience in (1, 5, 8, 11):      # fit asks before each step and batch of the test
                 looks = iter(range(patience))
-                part = Trainer(small(model=model), digits(), CPU)
+                part = make()
                 finished, _ = quietly(train_mnist.fit, part, path,
                                       lambda: next(looks, None) is None)
                 assert not finished and part.step < whole.steps
-                part = Trainer(small(model=model), digits(), CPU)
+                part = make()
                 part.load(path)
                 quietly(train_mnist.fit, part, path)
-                assert part.accuracies == whole.accuracies
-                equal(f"{model}: stopped after {patience} looks of 18", weights(part),
-                      weights(whole))
+                assert part.scores == whole.scores
+                equal(f"{name}: stopped after {patience} looks", weights(part), weights(whole))
 
 
 def test_the_synthetic_digits_are_learnable():
     """Catches: labels that are not the images', warps that destroy them, a recipe that fails."""
-    trainer = Trainer(small(d_model=32, epochs=4), digits(3200, 400), CPU)
+    trainer = ImageTrainer(small(d_model=32, epochs=4), digits(3200, 400), CPU)
     with tempfile.TemporaryDirectory() as folder:
         quietly(train_mnist.fit, trainer, os.path.join(folder, "a.pt"))
-    print(f"    test accuracy after each epoch: {trainer.accuracies}; a blind guess: 10")
-    assert trainer.accuracies[-1] > 70
+    print(f"    test accuracy after each epoch: {trainer.scores}; a blind guess: 10")
+    assert trainer.scores[-1] > 70
+
+
+def test_an_epoch_reads_every_character_once_and_each_batch_goes_on_where_the_last_one_stopped():
+    """Catches: a state carried on to another place in the text, characters that nobody reads."""
+    trainer = text_trainer("".join(chr(65 + i) for i in range(1000)), forget=0.0)
+    last, seen = None, []
+    for step in range(trainer.per_epoch):
+        trainer.step = step
+        inputs, targets, forget = trainer.batch()
+        equal(f"step {step}: the next characters", inputs[:, 1:], targets[:, :-1])
+        assert forget.all() if step == 0 else not forget.any()
+        assert last is None or torch.equal(inputs[:, 0], last)
+        last, seen = targets[:, -1], seen + inputs.flatten().tolist()
+    print(f"    {len(set(seen))} of {len(trainer.data.train)} characters, {len(seen)} read")
+    assert len(set(seen)) == len(seen) > 900 - 4 * 16 - 1
+
+
+def test_the_validation_losses_are_those_of_the_whole_text():
+    """Catches: a state lost between two pieces, a remainder that is left out."""
+    trainer = text_trainer()
+    text, model = trainer.data.valid, trainer.average.double()
+    stream, blocks = trainer.evaluate()
+    with torch.no_grad():
+        whole = F.cross_entropy(model(text[None, :-1])[0], text[1:]).item()
+        parts = sum(F.cross_entropy(model(x[None])[0], y, reduction="sum").item()
+                    for x, y in zip(text[:-1].split(16), text[1:].split(16)))
+    allow(f"streaming {stream:.4f}", abs(stream / whole - 1), 1e-12)
+    allow(f"in blocks {blocks:.4f}", abs(blocks / (parts / (len(text) - 1)) - 1), 1e-12)
+
+
+def test_a_tiny_text_is_memorised():
+    """Catches: targets that are off by one, a gradient that misses a layer, a recipe that fails."""
+    poem = "Shall I compare thee to a summer's day? Thou art more lovely and more temperate. "
+    trainer = text_trainer(12 * poem, d_model=32, epochs=40, forget=0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        quietly(train_mnist.fit, trainer, os.path.join(folder, "a.pt"))
+    print(f"    streaming {trainer.scores[-1][0]:.4f} nats per character, ln {trainer.classes} = "
+          f"{math.log(trainer.classes):.4f}")
+    prompt = train_shakespeare.encode("Shall I", trainer.vocabulary)
+    text = "".join(trainer.vocabulary[t] for t in
+                   sum(generate(trainer.average, prompt, len(poem) - 8, temperature=0), []))
+    print(f"    Shall I|{text}")
+    assert trainer.scores[-1][0] < 0.1 and "Shall I" + text == poem[:-1]
+
+
+def test_two_processes_equal_one():
+    """Catches: a batch that is not shared out, gradients that are summed and not averaged."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    small_text = ["train_shakespeare.py", "--data", "synthetic", "--quick", "--block", "256",
+                  "--batch", "64", "--d-model", "16", "--layers", "2"]
+    small_mnist = ["train_mnist.py", "--data", "synthetic", "--quick", "--epochs", "1",
+                   "--batch", "256", "--d-model", "16", "--layers", "1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with tempfile.TemporaryDirectory() as out:
+        for flags in (small_text, small_mnist):
+            results = []
+            for start in ([], torchrun):
+                run = subprocess.run([sys.executable, *start, os.path.join(folder, flags[0]),
+                                      *flags[1:], "--out", out], env=environment, cwd=out,
+                                     capture_output=True, text=True)
+                lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT")]
+                assert len(lines) == 1, run.stdout + run.stderr
+                results.append(lines[0].rpartition(" seconds=")[0])
+            print(f"    {results[1][:110]}")
+            assert results[0] == results[1], results
 
 
 def test_the_recipe_is_what_it_says():
@@ -666,16 +799,16 @@ def test_every_documented_error_of_the_models_is_raised():
 
 def test_a_bad_checkpoint_is_named_and_left_alone():
     """Catches: a traceback, a pickle that runs code, one flipped bit, another model's weights."""
-    trainer = Trainer(small(), digits(), CPU)
+    trainer = ImageTrainer(small(), digits(), CPU)
     with tempfile.TemporaryDirectory() as folder:
         path, mark = os.path.join(folder, "a.pt"), os.path.join(folder, "ran")
         raises(["no checkpoint", path], lambda: trainer.load(path), UserError)
         trainer.save(path)
         assert os.listdir(folder) == ["a.pt"]
         for change in ({"model": "rnn"}, {"lr": 0.1}):
-            other = Trainer(small(**change), digits(), CPU)
+            other = ImageTrainer(small(**change), digits(), CPU)
             raises([path, *change], lambda: other.load(path), UserError)
-        other = Trainer(small(), digits(320), CPU)
+        other = ImageTrainer(small(), digits(320), CPU)
         raises([path, "train_images=256"], lambda: other.load(path), UserError)
         with open(path, "rb") as file:
             whole = file.read()
@@ -709,37 +842,67 @@ def test_damaged_images_and_folders_that_cannot_be_written_are_named():
         assert code == 2 and "cannot write" in message and "Traceback" not in message
 
 
+def test_what_is_no_text_and_no_language_model_is_named():
+    """Catches: a traceback for a file, a prompt or a checkpoint that does not fit."""
+    script = train_shakespeare
+    with tempfile.TemporaryDirectory() as folder:
+        def file(name, content):
+            path = os.path.join(folder, name)
+            with open(path, "wb") as f:
+                f.write(content)
+            return path
+
+        missing, latin = os.path.join(folder, "none.txt"), file("latin.txt", b"caf\xe9 " * 9)
+        raises([missing], lambda: script.load_text(folder, path=missing), UserError)
+        raises([latin, "UTF-8"], lambda: script.load_text(folder, path=latin), UserError)
+        short = file("short.txt", b"To be")
+        raises([short, "5"], lambda: script.load_text(folder, path=short), UserError)
+        half = file("tinyshakespeare.txt", b"First Citizen:\nBefore we proceed any further")
+        raises([half, "damaged"], lambda: script.load_text(folder), UserError)
+        raises(["'\u00e9'", "abc"], lambda: script.encode("caf\u00e9", "abcf"), UserError)
+        path = os.path.join(folder, "a.pt")
+        raises(["no checkpoint", path, "train first"], lambda: script.load_model(path, CPU),
+               UserError)
+        ImageTrainer(small(), digits(), CPU).save(path)
+        raises([path, "no model of"], lambda: script.load_model(path, CPU), UserError)
+        trainer = text_trainer()
+        trainer.save(path)
+        model, vocabulary = script.load_model(path, CPU)
+        assert vocabulary == trainer.vocabulary
+        equal("a model read from its checkpoint", model.embedding.weight,
+              trainer.average.embedding.weight)
+
+
 def test_an_earlier_checkpoint_is_kept_when_training_starts_anew():
     """Catches: a forgotten --resume that costs the run it was meant to continue."""
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):
-            quietly(train_mnist.run, small(), digits(), CPU, folder, False)
+            quietly(train_mnist.run, ImageTrainer(small(), digits(), CPU), folder, False)
         print(f"    {sorted(os.listdir(folder))}")
         assert len(os.listdir(folder)) == 2
 
 
 def test_without_network_the_fallback_is_announced_and_labelled():
-    """Catches: synthetic digits reported as MNIST."""
+    """Catches: synthetic digits reported as MNIST, help texts as Shakespeare."""
     def no_network(*_):
         raise OSError("Temporary failure in name resolution")
 
-    download, train_mnist.download_mnist = train_mnist.download_mnist, no_network
-    try:
-        with tempfile.TemporaryDirectory() as folder:
+    for module, download, load, name in (
+            (train_mnist, "download_mnist", train_mnist.load_data, "synthetic-digits"),
+            (train_shakespeare, "download", train_shakespeare.load_text, "synthetic-pydoc")):
+        with tempfile.TemporaryDirectory() as folder, replaced(module, download, no_network):
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
-                data = train_mnist.load_data(folder)
-            assert data.name == "synthetic-digits" and "SYNTHETIC" in printed.getvalue()
-            raises(["cannot be downloaded", "--data synthetic"],
-                   lambda: train_mnist.load_data(folder, "real"), UserError)
+                data = load(folder)
+            assert data.name == name and "SYNTHETIC" in printed.getvalue()
+            raises(["cannot be downloaded", "--data synthetic"], lambda: load(folder, "real"),
+                   UserError)
             assert os.listdir(folder) == []
-    finally:
-        train_mnist.download_mnist = download
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_hurt():
     """Catches: epochs of training on NaN, and a good checkpoint overwritten by them."""
-    trainer = Trainer(small(lr=1e30), digits(), CPU)
+    trainer = ImageTrainer(small(lr=1e30), digits(), CPU)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "a.pt")
         raises(["loss", "step", "learning rate"],

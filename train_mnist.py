@@ -6,6 +6,7 @@
     python train_mnist.py --quick            a first look in under a minute
     python train_mnist.py --compare          every model, three seeds: the README's table, figures
     python train_mnist.py --resume           go on after Ctrl-C, on a CPU to the same weights
+    torchrun --nproc_per_node=2 train_mnist.py           each of two processes takes half the batch
 
 Every model gets the same tokens (the stem), the same pooling, a linear head, the same number of
 parameters to 1 %, the same augmented images, optimizer and schedule. What differs is the body that
@@ -19,8 +20,10 @@ set decided nothing: it is measured after each epoch for the figure, and the tab
 No network and no files: digits drawn with matplotlib's fonts stand in for MNIST, and are announced
 and labelled so.
 
+`Trainer`, `fit` and `run` are for whatever is trained here; train_shakespeare.py imports them.
+
 Left out: worker processes. The data set fits in memory as one tensor; a batch is an index into it.
-Read before: vision.py and rnn.py.
+Read before: vision.py and rnn.py. Read next: train_shakespeare.py.
 """
 import argparse
 import copy
@@ -38,7 +41,9 @@ import zipfile
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from block import parameter_groups
 from rnn import RNN
@@ -90,7 +95,7 @@ def write_atomically(path, write):
             os.remove(part)
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, instead="start without --resume"):
     """What `Trainer.save` wrote. Raises UserError if path is missing, damaged, or another thing."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -99,13 +104,61 @@ def read_checkpoint(path):
             raise ValueError(f"bad checksum in {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)      # runs no code
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}: start without --resume") from None
+        raise UserError(f"there is no checkpoint {path}: {instead}") from None
     except Exception as error:                   # whatever zipfile and torch make of damaged bytes
         raise UserError(f"cannot read the checkpoint {path} ({first_line(error)}): move it away "
-                        f"and start without --resume") from None
+                        f"and {instead}") from None
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
-        raise UserError(f"{path} is not a checkpoint of train_mnist.py: start without --resume")
+        raise UserError(f"{path} is not a checkpoint of these scripts: {instead}")
     return state
+
+
+# --------------------------------------------------------------------------------------------------
+# More than one process: torchrun starts them, each takes its rows of every batch, and
+# DistributedDataParallel averages their gradients. The first one prints and writes files.
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device, batch):
+    """Meet the other processes. Raises UserError if they cannot share a batch of this size."""
+    if PROCESSES == 1:
+        return
+    if batch % PROCESSES:
+        raise UserError(f"{PROCESSES} processes cannot share a batch of {batch}: use a --batch "
+                        f"that {PROCESSES} divides")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def own(rows):
+    """This process's share of the rows of a batch."""
+    return rows.chunk(PROCESSES)[RANK]
+
+
+def mean(tensor):
+    """The mean over all processes."""
+    if PROCESSES > 1:
+        dist.all_reduce(tensor.div_(PROCESSES))
+    return tensor
+
+
+def gather(tensor):
+    """The rows of all processes: the inverse of `own`."""
+    if PROCESSES == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(PROCESSES)]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def from_first(make):
+    """make(), called by the first process alone: -> its result, to all."""
+    result = [make() if RANK == 0 else None]
+    if PROCESSES > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,69 +317,64 @@ def build(settings):
 class Trainer:
     """One model in training: its weights, their average, the optimizer, and how far it has come.
 
-    Every random draw (weights, order of the images, warps) is a function of (seed, step), so the
-    step is all that a checkpoint must say about randomness.
+    Every random draw (weights, order of the data, warps) is a function of (seed, step), so the step
+    is all that a checkpoint must say about randomness. A subclass knows the data: it has
+        unit, per_step, classes     what it reads, how many of them per step, how many kinds
+        loss()                      -> the mean loss of the next batch, the fraction that was right
+        evaluate(stop)              -> the score after an epoch, None if stop() became true
+        path(folder)                -> where its checkpoint is
+        title(), report()           -> what to print before the first step, and after an epoch
+        result()                    -> the row of a finished run
     """
 
-    def __init__(self, settings, data, device):
-        self.data, self.device = data, device
-        self.settings = dict(settings, train_images=len(data.train_images),
-                             test_images=len(data.test_images))
-        torch.manual_seed(self._seed("weights"))
+    # The log: per step, loss, fraction of the batch that was right, and seconds of training so far;
+    # per epoch, the score.
+    LOG = ("step", "losses", "hits", "clock", "scores", "machine", "settings")
+    MODULES = ("model", "average", "optimizer")
+
+    def __init__(self, settings, build, per_epoch, device):
+        self.settings, self.device, self.per_epoch = settings, device, per_epoch
+        torch.manual_seed(self.draw("weights"))
         self.model = build(settings).to(device)
+        self.net = self.model if PROCESSES == 1 else DistributedDataParallel(self.model)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         groups = parameter_groups(self.model, settings["weight_decay"])
         self.optimizer = torch.optim.AdamW(groups, lr=settings["lr"], betas=(0.9, 0.95))
-        self.per_epoch = len(data.train_images) // settings["batch"]
         self.steps = self.per_epoch * settings["epochs"]
-        self.step, self.order = 0, (-1, None)
-        # The log: per step, loss, fraction of the batch that was right, and seconds of training so
-        # far; per epoch, accuracy on the test images in percent.
+        self.step, self.scores = 0, []
         self.losses, self.hits = torch.zeros(self.steps), torch.zeros(self.steps)
         self.clock = torch.zeros(self.steps, dtype=torch.float64)
-        self.accuracies = []
         self.machine = {"device": describe(device), "torch": str(torch.__version__)}
 
-    def _seed(self, what, number=0):
+    def draw(self, what, number=0):
         """A seed for one purpose. Hashed, since PyTorch reads no more than 32 bits of a seed."""
         text = f"{self.settings['seed']} {what} {number}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
-    def _batch(self):
-        """The warped images (b, 1, 28, 28) and the labels (b,) of this step."""
-        (epoch, i), size = divmod(self.step, self.per_epoch), self.settings["batch"]
-        if self.order[0] != epoch:
-            generator = torch.Generator().manual_seed(self._seed("order", epoch))
-            self.order = epoch, torch.randperm(len(self.data.train_images), generator=generator)
-        index = self.order[1][i * size:(i + 1) * size].to(self.device)
-        torch.manual_seed(self._seed("warp", self.step))
-        images = self.data.train_images[index].float()
-        images = warp(images, degrees=10, scale=0.1, shear=5, shift=2)
-        return normalize(images), self.data.train_labels[index]
+    def parameters(self):
+        return sum(p.numel() for p in self.model.parameters())
 
     def train_step(self):
         """One batch, one update. Raises UserError for a loss or gradient that is not finite."""
         start, rate = time.perf_counter(), learning_rate(self.step, self.steps, self.settings["lr"])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        images, labels = self._batch()
-        logits = self.model(images)
-        loss = F.cross_entropy(logits, labels)
+        loss, hits = self.loss()
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.losses[self.step] = loss.detach()
-        if not math.isfinite(self.losses[self.step]) or not math.isfinite(norm):
-            raise UserError(f"loss {loss.item():.3g}, gradient {norm.item():.3g} at step "
-                            f"{self.step + 1} of {self.steps} with learning rate {rate:.2g}: "
-                            f"not finite. Start again with a smaller --lr")
+        loss, hits = mean(torch.stack([loss.detach(), hits])).tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise UserError(f"loss {loss:.3g}, gradient {norm.item():.3g} at step {self.step + 1} "
+                            f"of {self.steps} with learning rate {rate:.2g}: not finite. Start "
+                            f"again with a smaller --lr")
         self.optimizer.step()
         # The average spans the last ninth of the steps so far, at most 1 / (1 - decay) of them.
         decay = min(self.settings["average"], (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for average, weight in zip(self.average.parameters(), self.model.parameters()):
                 average.lerp_(weight, 1 - decay)
-        self.hits[self.step] = (logits.detach().argmax(1) == labels).float().mean()
+        self.losses[self.step], self.hits[self.step] = loss, hits
         self.clock[self.step] = self.seconds() + time.perf_counter() - start
         self.step += 1
 
@@ -334,25 +382,12 @@ class Trainer:
         """Seconds of training so far, tests and checkpoints not counted."""
         return self.clock[self.step - 1].item() if self.step else 0.0
 
-    @torch.no_grad()
-    def evaluate(self, stop=lambda: False):
-        """Accuracy of the average on the test images, in percent; None if stop() became true."""
-        right = 0
-        for images, labels in zip(self.data.test_images.split(250),
-                                  self.data.test_labels.split(250)):
-            if stop():
-                return None
-            right += (self.average(normalize(images)).argmax(1) == labels).sum().item()
-        return 100 * right / len(self.data.test_labels)
-
-    LOG = ("step", "losses", "hits", "clock", "accuracies", "machine", "settings")
-    MODULES = ("model", "average", "optimizer")
-
     def save(self, path):
         """Write a checkpoint. Raises UserError if that fails; the one before is then untouched."""
         state = {name: getattr(self, name) for name in self.LOG}
         state.update({name: getattr(self, name).state_dict() for name in self.MODULES})
-        write_atomically(path, lambda part: torch.save(state, part))
+        if RANK == 0:
+            write_atomically(path, lambda part: torch.save(state, part))
 
     def load(self, path):
         """Go on from path. Raises UserError if it is damaged, or was made with other settings."""
@@ -369,6 +404,68 @@ class Trainer:
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{path} was made by another version of the model "
                             f"({first_line(error)}): start without --resume") from None
+
+
+class ImageTrainer(Trainer):
+    """A Trainer of the model that the settings name, on Data."""
+
+    unit, classes = "images", 10
+
+    def __init__(self, settings, data, device):
+        self.data, self.order = data, (-1, None)
+        self.per_step = settings["batch"]
+        settings = dict(settings, train_images=len(data.train_images),
+                        test_images=len(data.test_images))
+        super().__init__(settings, build, len(data.train_images) // self.per_step, device)
+
+    def batch(self):
+        """The warped images (b, 1, 28, 28) and the labels (b,) of this step."""
+        (epoch, i), size = divmod(self.step, self.per_epoch), self.per_step
+        if self.order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.draw("order", epoch))
+            self.order = epoch, torch.randperm(len(self.data.train_images), generator=generator)
+        index = self.order[1][i * size:(i + 1) * size].to(self.device)
+        torch.manual_seed(self.draw("warp", self.step))
+        images = self.data.train_images[index].float()
+        images = warp(images, degrees=10, scale=0.1, shear=5, shift=2)
+        return normalize(images), self.data.train_labels[index]
+
+    def loss(self):
+        images, labels = map(own, self.batch())
+        logits = self.net(images)
+        hits = (logits.detach().argmax(1) == labels).float().mean()
+        return F.cross_entropy(logits, labels), hits
+
+    @torch.no_grad()
+    def evaluate(self, stop=lambda: False):
+        """Accuracy of the average on the test images, in percent; None if stop() became true."""
+        right = 0
+        for images, labels in zip(self.data.test_images.split(250),
+                                  self.data.test_labels.split(250)):
+            if stop():
+                return None
+            right += (self.average(normalize(images)).argmax(1) == labels).sum().item()
+        return 100 * right / len(self.data.test_labels)
+
+    def path(self, folder):
+        s = self.settings
+        return os.path.join(folder, f"{self.data.name}-{s['model']}-seed{s['seed']}.pt")
+
+    def title(self):
+        d = self.data
+        return (f"model {self.settings['model']}  data {d.name}: {len(d.train_images)} training, "
+                f"{len(d.test_images)} test")
+
+    def report(self):
+        return f"test accuracy {self.scores[-1]:.2f} (not warped)"
+
+    def result(self):
+        """The row of a finished run: what it was, what came out, and where it ran."""
+        s = self.settings
+        return {"model": s["model"], "dataset": self.data.name, "seed": s["seed"],
+                "params": self.parameters(), "epochs": s["epochs"],
+                "test_accuracy": f"{self.scores[-1]:.2f}", "seconds": f"{self.seconds():.0f}",
+                **self.machine, "command": command(self)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -393,31 +490,35 @@ class Interrupt:
 def fit(trainer, path, stop=lambda: False):
     """Train to the end, saving after each epoch: -> True, or False if stop() became true."""
     t, begin = trainer, trainer.step
+
+    def anyone_stops():                  # all processes must leave after the same step
+        return mean(torch.tensor(float(stop()), device=t.device)).item() > 0
+
     for epoch in range(t.settings["epochs"]):
         while t.step < (epoch + 1) * t.per_epoch:
-            if stop():
+            if anyone_stops():
                 if t.step > begin:
                     t.save(path)
                 return False
             t.train_step()
             if t.step % 20 == 0:
                 show_progress(t)
-        if len(t.accuracies) == epoch:
-            accuracy = t.evaluate(stop)
-            if accuracy is not None:
-                t.accuracies.append(accuracy)
+        if len(t.scores) == epoch:
+            score = from_first(lambda: t.evaluate(stop))
+            if score is not None:
+                t.scores.append(score)
                 show_epoch(t)
             t.save(path)
-            if accuracy is None:
+            if score is None:
                 return False
     return True
 
 
 def recent(trainer, count):
-    """Mean loss, accuracy in percent, and images per second over the last steps."""
+    """Mean loss, accuracy in percent, and units read per second over the last steps."""
     t, start = trainer, max(0, trainer.step - count)
     seconds = t.seconds() - (t.clock[start - 1].item() if start else 0.0)
-    speed = (t.step - start) * t.settings["batch"] / max(seconds, 1e-9)
+    speed = (t.step - start) * t.per_step / max(seconds, 1e-9)
     window = slice(start, t.step)
     return t.losses[window].mean().item(), 100 * t.hits[window].mean().item(), speed
 
@@ -427,46 +528,43 @@ def show_progress(trainer):
     if not sys.stdout.isatty():
         return
     t, (loss, accuracy, speed) = trainer, recent(trainer, 100)
-    left = round((t.steps - t.step) * t.settings["batch"] / speed)
+    left = round((t.steps - t.step) * t.per_step / speed)
     epoch, i = divmod(t.step - 1, t.per_epoch)
     print(f"\r  epoch {epoch + 1}/{t.settings['epochs']}  step {i + 1:4d}/{t.per_epoch}  "
-          f"loss {loss:.4f}  accuracy {accuracy:.2f}  {speed:.0f} images/s  "
+          f"loss {loss:.4f}  accuracy {accuracy:.2f}  {speed:.0f} {t.unit}/s  "
           f"{left // 60}:{left % 60:02d} left  ", end="", flush=True)
 
 
 def show_epoch(trainer):
     t, (loss, accuracy, speed) = trainer, recent(trainer, trainer.per_epoch)
     back = "\r" if sys.stdout.isatty() else ""
-    print(f"{back}  epoch {len(t.accuracies)}/{t.settings['epochs']}  loss {loss:.4f}  "
-          f"accuracy {accuracy:.2f} (warped images)  test accuracy {t.accuracies[-1]:.2f}  "
-          f"{speed:.0f} images/s  {t.seconds():.0f} s", flush=True)
-
-
-def run(settings, data, device, out, resume):
-    """Train one model, from its checkpoint if resume: -> its Trainer and whether it finished."""
-    trainer = Trainer(settings, data, device)
-    path = checkpoint_path(out, data, settings)
-    if resume:
-        trainer.load(path)
-    else:
-        set_aside(path)
-    print(f"model {settings['model']}  parameters {parameters(trainer)}  seed {settings['seed']}  "
-          f"data {data.name}: {len(data.train_images)} training, {len(data.test_images)} test\n"
-          f"device {describe(device)}  torch {torch.__version__}  loss of a blind guess ln 10 = "
-          f"{math.log(10):.4f}\ncheckpoint {path}, step {trainer.step} of {trainer.steps}",
+    print(f"{back}  epoch {len(t.scores)}/{t.settings['epochs']}  loss {loss:.4f}  "
+          f"accuracy {accuracy:.2f}  {speed:.0f} {t.unit}/s  {t.seconds():.0f} s  {t.report()}",
           flush=True)
+
+
+def run(trainer, out, resume):
+    """Train, from the checkpoint in the folder out if resume: -> whether it came to the end."""
+    t, path = trainer, trainer.path(out)
+    if resume:
+        t.load(path)
+    elif RANK == 0:
+        set_aside(path)
+    print(f"{t.title()}\nparameters {t.parameters()}  seed {t.settings['seed']}  device "
+          f"{t.machine['device']}  torch {t.machine['torch']}\nloss of a blind guess "
+          f"ln {t.classes} = {math.log(t.classes):.4f}\n"
+          f"checkpoint {path}, step {t.step} of {t.steps}", flush=True)
     with Interrupt() as stop:
-        finished = fit(trainer, path, stop)
+        finished = fit(t, path, stop)
     if not finished:
-        print(f"\nstopped at step {trainer.step} of {trainer.steps}" + (
+        print(f"\nstopped at step {t.step} of {t.steps}" + (
             f", saved in {path}: --resume goes on from there" * os.path.exists(path)), flush=True)
     else:
-        names = ("model", "dataset", "seed", "params", "epochs", "test_accuracy", "seconds")
-        row = result(trainer)
-        print("RESULT " + " ".join(f"{name}={row[name]}" for name in names), flush=True)
+        print("RESULT " + " ".join(f"{name}={value}" for name, value in t.result().items()
+                                   if name not in (*t.machine, "command")), flush=True)
         if stop():                       # asked for after the last look at it
             raise KeyboardInterrupt
-    return trainer, finished
+    return finished
 
 
 def set_aside(path):
@@ -481,23 +579,6 @@ def set_aside(path):
         pass
     except OSError as error:
         raise UserError(f"cannot rename {path} ({first_line(error)}): move it away") from None
-
-
-def checkpoint_path(out, data, settings):
-    return os.path.join(out, f"{data.name}-{settings['model']}-seed{settings['seed']}.pt")
-
-
-def parameters(trainer):
-    return sum(p.numel() for p in trainer.model.parameters())
-
-
-def result(trainer):
-    """The row of a finished run: what it was, what came out, and where it ran."""
-    t = trainer
-    return {"model": t.settings["model"], "dataset": t.data.name, "seed": t.settings["seed"],
-            "params": parameters(t), "epochs": t.settings["epochs"],
-            "test_accuracy": f"{t.accuracies[-1]:.2f}", "seconds": f"{t.seconds():.0f}",
-            **t.machine, "command": command(t)}
 
 
 def command(trainer):
@@ -521,7 +602,8 @@ def describe(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{device.type} {platform.machine()} {threads} thread{'s' * (threads > 1)}"
+    return f"{device.type} {platform.machine()} {threads} thread{'s' * (threads > 1)}" + (
+        f", {PROCESSES} processes" * (PROCESSES > 1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -535,13 +617,13 @@ def compare(settings, seeds, data, device, out, resume):
     trainers = {model: [] for model in MODELS}
     for seed in dict.fromkeys(seeds):
         for model in MODELS:
-            wanted = dict(settings, model=model, seed=seed)
-            begun = os.path.exists(checkpoint_path(out, data, wanted))
-            trainer, finished = run(wanted, data, device, out, resume and begun)
-            if not finished:
+            trainer = ImageTrainer(dict(settings, model=model, seed=seed), data, device)
+            if not run(trainer, out, resume and os.path.exists(trainer.path(out))):
                 return False
             trainers[model].append(trainer)
-    rows = [result(t) for runs in trainers.values() for t in runs]
+    if RANK > 0:
+        return True
+    rows = [t.result() for runs in trainers.values() for t in runs]
     name = data.name + "".join(f"-{key}-{settings[key]}" for key in changed(settings))
     if seeds != [0, 1, 2]:
         name += "-seeds-" + "-".join(map(str, seeds))
@@ -560,11 +642,11 @@ def write_rows(path, rows):
         writer.writerows(rows)
 
 
-def mean_sd(values, sign=""):
+def mean_sd(values, sign="", digits=2):
     """Mean ± standard deviation, as text; of a single value, the value."""
     values = torch.tensor(values, dtype=torch.float64)
-    spread = f" ± {values.std():.2f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.2f}{spread}"
+    spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.{digits}f}{spread}"
 
 
 def print_table(rows):
@@ -611,7 +693,7 @@ def draw_accuracy(path, trainers):
     ax = figure.subplots()
     for model, runs in trainers.items():
         for i, t in enumerate(runs):
-            ax.plot(range(1, len(t.accuracies) + 1), t.accuracies, "o-", color=MODELS[model],
+            ax.plot(range(1, len(t.scores) + 1), t.scores, "o-", color=MODELS[model],
                     alpha=0.7, label=model if i == 0 else None)
     ax.set(xlabel="epoch", ylabel="test accuracy (%)")
     ax.set_xticks(range(1, runs[0].settings["epochs"] + 1))
@@ -676,6 +758,8 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if name == "cuda":               # torchrun counts the processes of one machine
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.zeros(1, device=name).device
     except Exception:                    # its kind depends on how torch was built
         raise UserError(f"there is no device {name} here: use --device cpu") from None
@@ -696,29 +780,43 @@ def shrink(data, args):
     return Data(name, x, y, test_x, test_y)
 
 
-def main(arguments=None):
-    args = parse(arguments)
+def guard(script, job):
+    """job() -> whether it came to the end; here: the exit code. Mistakes get one line on stderr."""
     for stream in (sys.stdout, sys.stderr):      # a Windows log may know neither ± nor ×
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        device = choose_device(args.device)
-        for folder in [args.out] + ["results", "figures"] * args.compare:
-            check_writable(folder)
-        data = shrink(load_data(args.data_dir, args.data), args)
-        data = Data(data.name, *(t.to(device) for t in data[1:]))
-        settings = {name: getattr(args, name) for name in SETTINGS}
-        if args.compare:
-            finished = compare(settings, args.seeds, data, device, args.out, args.resume)
-        else:
-            _, finished = run(settings, data, device, args.out, args.resume)
-        return 0 if finished else 130
+        return 0 if job() else 130
     except UserError as error:
-        print(f"\ntrain_mnist.py: {error}", file=sys.stderr)
+        print(f"\n{script}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntrain_mnist.py: stopped", file=sys.stderr)
+        print(f"\n{script}: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:              # whoever read stdout has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    finally:
+        if PROCESSES > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(args):
+    device = choose_device(args.device)
+    join(device, args.batch)
+    for folder in [args.out] + ["results", "figures"] * args.compare:
+        check_writable(folder)
+    data = shrink(load_data(args.data_dir, args.data), args)
+    data = Data(data.name, *(t.to(device) for t in data[1:]))
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    if args.compare:
+        return compare(settings, args.seeds, data, device, args.out, args.resume)
+    return run(ImageTrainer(settings, data, device), args.out, args.resume)
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    return guard("train_mnist.py", lambda: train(args))
 
 
 if __name__ == "__main__":
