@@ -635,9 +635,10 @@ def text_trainer(string=None, **changes):
     args = train_shakespeare.parse([])
     defaults = {name: getattr(args, name) for name in train_shakespeare.SETTINGS}
     tiny = {"d_model": 16, "layers": 2, "batch": 4, "block": 16, "epochs": 2, "forget": 0.2}
-    text = train_shakespeare.synthetic_text()
-    string = string or "".join(text.vocabulary[t] for t in text.train[:1000])
-    return TextTrainer({**defaults, **tiny, **changes}, train_shakespeare.split("tiny", string), CPU)
+    help = train_shakespeare.synthetic_text()
+    string = string or "".join(help.vocabulary[t] for t in help.train[:1000])
+    text = train_shakespeare.split("tiny", string)
+    return TextTrainer({**defaults, **tiny, **changes}, text, CPU)
 
 
 def test_two_runs_with_one_seed_are_bitwise_equal_and_with_two_are_not():

@@ -50,7 +50,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # The text: Shakespeare where it can be had, Python's help texts where not.
 
 class Text(NamedTuple):
-    """Characters as int64 (N,), places in the vocabulary; and the name that every result carries."""
+    """Characters as int64 (N,), by place in the vocabulary; the name that every result carries."""
     name: str
     vocabulary: str
     train: torch.Tensor
@@ -126,7 +126,7 @@ def read_text(path):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
+        raise UserError(f"{path} is no UTF-8 text (byte {error.start}): convert it first") from None
     if len(string) < 20:
         raise UserError(f"{path} has {len(string)} characters: too few to learn from")
     return string
@@ -177,7 +177,8 @@ class TextTrainer(Trainer):
 
     def loss(self):
         inputs, targets, forget = map(own, self.batch())
-        states = self.states and [State(*(t.masked_fill(forget, 0) for t in s)) for s in self.states]
+        states = self.states and [State(*(t.masked_fill(forget, 0) for t in state))
+                                  for state in self.states]
         logits, states = self.net(inputs, states, return_state=True)
         self.states = [State(*(t.detach() for t in s)) for s in states]
         hits = (logits.detach().argmax(-1) == targets).float().mean()
@@ -204,13 +205,12 @@ class TextTrainer(Trainer):
     def block_losses(self, stop=lambda: False):
         """The loss of each character, in blocks that are read on their own: None if stopped.
 
-        -> tensors (blocks, block), and (1, rest) if the text is no multiple of a block
+        -> tensors (blocks, block), and (1, rest) for the rest of the text
         """
         (x, y), size = (self.data.valid[:-1], self.data.valid[1:]), self.settings["block"]
         even, losses = len(x) // size * size, []
         batches = list(zip(x[:even].view(-1, size).split(64), y[:even].view(-1, size).split(64)))
-        if even < len(x):
-            batches.append((x[None, even:], y[None, even:]))
+        batches.append((x[None, even:], y[None, even:]))
         for inputs, targets in batches:
             if stop():
                 return None
@@ -286,7 +286,8 @@ def train_seeds(settings, seeds, text, device, out, resume):
     print(f"\nwrote results/{name}.csv and figures/{name}_loss.png\n\n"
           f"| validation loss | nats per character | bits per character |\n|---|---|---|")
     for way in ("stream", "block"):
-        nats, bits = ([float(row[f"val_{unit}_{way}"]) for row in rows] for unit in ("loss", "bits"))
+        nats, bits = ([float(row[f"val_{unit}_{way}"]) for row in rows]
+                      for unit in ("loss", "bits"))
         print(f"| {way} | {mean_sd(nats, digits=4)} | {mean_sd(bits, digits=4)} |")
     return True
 
@@ -310,8 +311,9 @@ def draw_loss(path, trainers):
                          label=way if t is first else None)
     axes[0].set(xlabel="characters read (millions)", ylabel="loss (nats per character)",
                 ylim=(None, min(2.5, axes[0].get_ylim()[1])))
-    losses = torch.stack([torch.cat([b for b in t.block_losses() if b.shape[1] == t.settings["block"]])
-                          .mean(0) for t in trainers]).mean(0).cpu()
+    # the last block, shorter than the others, is left out
+    losses = torch.stack([torch.cat(t.block_losses()[:-1]).mean(0) for t in trainers])
+    losses = losses.mean(0).cpu()                                              # (block,)
     axes[1].semilogx(range(1, len(losses) + 1), losses, color=blue, label="in blocks")
     axes[1].axhline(sum(t.scores[-1][0] for t in trainers) / len(trainers), color=red,
                     label="streaming: mean over the text")
@@ -319,8 +321,8 @@ def draw_loss(path, trainers):
     for ax in axes:
         ax.grid(alpha=0.3, which="both")
         ax.legend(frameon=False)
-    figure.suptitle(f"{first.data.name}: seeds {', '.join(str(t.settings['seed']) for t in trainers)}",
-                    fontsize=10)
+    seeds = ", ".join(str(t.settings["seed"]) for t in trainers)
+    figure.suptitle(f"{first.data.name}, seeds {seeds}", fontsize=10)
     figure.savefig(path, dpi=120, format="png")
 
 
@@ -440,8 +442,8 @@ def parse(arguments):
         help="auto: cuda if there is one, else cpu")
     args = p.parse_args(arguments)
     args.epochs = args.epochs or (1 if args.quick else 10)
-    args.checkpoint = args.checkpoint or os.path.join(
-        args.out, f"{name_of(args.text) if args.text else 'shakespeare'}{'-quick' * args.quick}-seed0.pt")
+    name = (name_of(args.text) if args.text else "shakespeare") + "-quick" * args.quick
+    args.checkpoint = args.checkpoint or os.path.join(args.out, f"{name}-seed0.pt")
     return args
 
 
