@@ -205,12 +205,13 @@ class TextTrainer(Trainer):
     def block_losses(self, stop=lambda: False):
         """The loss of each character, in blocks that are read on their own: None if stopped.
 
-        -> tensors (blocks, block), and (1, rest) for the rest of the text
+        -> tensors (blocks, block), and (1, rest) if a rest of the text is shorter than a block
         """
         (x, y), size = (self.data.valid[:-1], self.data.valid[1:]), self.settings["block"]
         even, losses = len(x) // size * size, []
         batches = list(zip(x[:even].view(-1, size).split(64), y[:even].view(-1, size).split(64)))
-        batches.append((x[None, even:], y[None, even:]))
+        if even < len(x):
+            batches.append((x[None, even:], y[None, even:]))
         for inputs, targets in batches:
             if stop():
                 return None
@@ -311,9 +312,9 @@ def draw_loss(path, trainers):
                          label=way if t is first else None)
     axes[0].set(xlabel="characters read (millions)", ylabel="loss (nats per character)",
                 ylim=(None, min(2.5, axes[0].get_ylim()[1])))
-    # the last block, shorter than the others, is left out
-    losses = torch.stack([torch.cat(t.block_losses()[:-1]).mean(0) for t in trainers])
-    losses = losses.mean(0).cpu()                                              # (block,)
+    blocks = [losses for t in trainers for losses in t.block_losses()]
+    whole = [losses for losses in blocks if losses.shape[1] == first.settings["block"]]
+    losses = torch.cat(whole).mean(0).cpu()                                    # (block,)
     axes[1].semilogx(range(1, len(losses) + 1), losses, color=blue, label="in blocks")
     axes[1].axhline(sum(t.scores[-1][0] for t in trainers) / len(trainers), color=red,
                     label="streaming: mean over the text")
