@@ -107,7 +107,7 @@ class ConvS6(nn.Module):
         window = a.new_zeros(b, size, d) if window is None else window.to(a.dtype)
         tokens = torch.cat([window, a], 1)                                     # (b, w-1+l, d)
         if mask is None:
-            return tokens[:, l:]
+            return tokens[:, l:].clone()     # a view would keep all of them in memory
         # Behind the window, real token j stands at size + j: the last `size` of them at count + …
         last = (mask != 0).sum(1, keepdim=True) + torch.arange(size, device=a.device)  # (b, w-1)
         return _take(tokens, last)
@@ -276,22 +276,27 @@ def _write(logits: Tensor, noise: Tensor, temperature: float, top_k: int, embedd
 
 def _lay_out(model, states):
     """A MambaLM and the states of one text -> what `_step` takes after the token."""
+    dtype = torch.promote_types(model.embedding.weight.dtype, torch.float32)
     root = model.embedding.embedding_dim ** 0.5
 
+    def row(tensor):
+        return tensor.to(dtype)
+
     def columns(weight, norm=None):
-        return (weight if norm is None else root * norm.weight * weight).t().contiguous()
+        scaled = row(weight) if norm is None else root * row(norm.weight) * row(weight)
+        return scaled.t().contiguous()
 
     layers = []
     for layer in model.layers:
         mixer, conv1d, s6 = layer.mixer, layer.mixer.path.conv1d, layer.mixer.path.s6
         layers.append([columns(mixer.in_proj.weight, layer.norm), columns(conv1d.weight[:, 0]),
-                       conv1d.bias, columns(s6.x_proj.weight), columns(s6.dt_proj.weight),
-                       s6.dt_proj.bias, columns(-torch.exp(s6.A_log)), s6.D,
+                       row(conv1d.bias), columns(s6.x_proj.weight), columns(s6.dt_proj.weight),
+                       row(s6.dt_proj.bias), columns(-torch.exp(row(s6.A_log))), row(s6.D),
                        columns(mixer.out_proj.weight)])
-    embedding = model.embedding.weight
+    embedding = row(model.embedding.weight)
     floor = embedding.new_tensor(root * model.norm_f.eps ** 0.5)
-    own = [[state.window[0].clone(), columns(state.h[0]).clone()] for state in states]
-    return embedding, columns(embedding, model.norm_f), floor, layers, own
+    copies = [[row(state.window[0]).clone(), columns(state.h[0]).clone()] for state in states]
+    return embedding, columns(embedding, model.norm_f), floor, layers, copies
 
 
 @torch.inference_mode()
@@ -303,7 +308,7 @@ def generate(model, prompt, count, *, temperature=1.0, top_k=None, seed=0):
     temperature    ≥ 0: logits are divided by it; 0 always takes the most likely token
     top_k          draw among so many of the most likely tokens only, ≥ 1; None: among all
     seed           the same seed writes the same text
-    Raises ValueError for a value outside these ranges.
+    Raises ValueError for a value outside these ranges, when the first tokens are asked for.
     """
     if prompt.ndim != 1 or len(prompt) == 0:
         raise ValueError(f"generate: prompt must have shape (l,), l ≥ 1, got {tuple(prompt.shape)}")
@@ -311,7 +316,8 @@ def generate(model, prompt, count, *, temperature=1.0, top_k=None, seed=0):
         raise ValueError(f"generate: temperature must be ≥ 0 and top_k ≥ 1, got {temperature} and "
                          f"{top_k}")
     logits, states = model(prompt.unsqueeze(0), return_state=True)
-    logits, laid_out = logits[:, -1], _lay_out(model, states)
+    laid_out = _lay_out(model, states)
+    logits = logits[:, -1].to(laid_out[0].dtype)
     generator = torch.Generator().manual_seed(seed)
     top_k = min(top_k or logits.shape[1], logits.shape[1])
     for start in range(0, count, CHUNK):

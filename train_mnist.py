@@ -26,6 +26,7 @@ Left out: worker processes. The data set fits in memory as one tensor; a batch i
 Read before: vision.py and rnn.py. Read next: train_shakespeare.py.
 """
 import argparse
+import contextlib
 import copy
 import csv
 import hashlib
@@ -106,8 +107,8 @@ def read_checkpoint(path, instead="start without --resume"):
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: {instead}") from None
     except Exception as error:                   # whatever zipfile and torch make of damaged bytes
-        raise UserError(f"cannot read the checkpoint {path} ({first_line(error)}): move it away "
-                        f"and {instead}") from None
+        raise UserError(f"{path} is damaged or no checkpoint ({first_line(error)}): move it away, "
+                        f"or {instead}") from None
     if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
         raise UserError(f"{path} is not a checkpoint of these scripts: {instead}")
     return state
@@ -132,8 +133,8 @@ def join(device, batch):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
-def own(rows):
-    """This process's share of the rows of a batch."""
+def share(rows):
+    """The rows of a batch that are this process's."""
     return rows.chunk(PROCESSES)[RANK]
 
 
@@ -145,7 +146,7 @@ def mean(tensor):
 
 
 def gather(tensor):
-    """The rows of all processes: the inverse of `own`."""
+    """The rows of all processes: the inverse of `share`."""
     if PROCESSES == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(PROCESSES)]
@@ -221,14 +222,20 @@ def download_mnist(data_dir, raw):
     """Let torchvision download into a folder of its own, then move whole files into place."""
     from torchvision.datasets import MNIST
     os.makedirs(data_dir, exist_ok=True)
+    with impatience(), tempfile.TemporaryDirectory(dir=data_dir) as folder:
+        MNIST(folder, download=True)
+        os.makedirs(raw, exist_ok=True)
+        for name in MNIST_MD5:
+            os.replace(os.path.join(folder, "MNIST", "raw", name), os.path.join(raw, name))
+
+
+@contextlib.contextmanager
+def impatience(seconds=10):
+    """In here a stalled download is given up after so many seconds."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)         # seconds, until a stalled mirror is given up for the next
+    socket.setdefaulttimeout(seconds)
     try:
-        with tempfile.TemporaryDirectory(dir=data_dir) as folder:
-            MNIST(folder, download=True)
-            os.makedirs(raw, exist_ok=True)
-            for name in MNIST_MD5:
-                os.replace(os.path.join(folder, "MNIST", "raw", name), os.path.join(raw, name))
+        yield
     finally:
         socket.setdefaulttimeout(before)
 
@@ -431,7 +438,7 @@ class ImageTrainer(Trainer):
         return normalize(images), self.data.train_labels[index]
 
     def loss(self):
-        images, labels = map(own, self.batch())
+        images, labels = map(share, self.batch())
         logits = self.net(images)
         hits = (logits.detach().argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels), hits
@@ -492,6 +499,8 @@ def fit(trainer, path, stop=lambda: False):
     t, begin = trainer, trainer.step
 
     def anyone_stops():                  # all processes must leave after the same step
+        if PROCESSES == 1:
+            return stop()
         return mean(torch.tensor(float(stop()), device=t.device)).item() > 0
 
     for epoch in range(t.settings["epochs"]):
@@ -507,10 +516,11 @@ def fit(trainer, path, stop=lambda: False):
             score = from_first(lambda: t.evaluate(stop))
             if score is not None:
                 t.scores.append(score)
-                show_epoch(t)
             t.save(path)
             if score is None:
                 return False
+            if RANK == 0:
+                show_epoch(t)
     return True
 
 
@@ -550,6 +560,9 @@ def run(trainer, out, resume):
         t.load(path)
     elif RANK == 0:
         set_aside(path)
+    if from_first(lambda: (t.settings, t.step)) != (t.settings, t.step):
+        raise UserError(f"process {RANK} has other data or another checkpoint than the first one: "
+                        f"all of them must see the same files in --data-dir and --out")
     print(f"{t.title()}\nparameters {t.parameters()}  seed {t.settings['seed']}  device "
           f"{t.machine['device']}  torch {t.machine['torch']}\nloss of a blind guess "
           f"ln {t.classes} = {math.log(t.classes):.4f}\n"
@@ -567,6 +580,11 @@ def run(trainer, out, resume):
     return finished
 
 
+def begun(trainer, out):
+    """Whether there is a checkpoint to go on from."""
+    return from_first(lambda: os.path.exists(trainer.path(out)))
+
+
 def set_aside(path):
     """Rename an earlier checkpoint: whoever forgets --resume loses nothing."""
     number = 1
@@ -582,19 +600,25 @@ def set_aside(path):
 
 
 def command(trainer):
-    """The command that trains this model: the flags that differ from the defaults."""
+    """The command that trains this model."""
     s, data = trainer.settings, trainer.data.name
-    flags = "".join(f" --{name.replace('_', '-')} {s[name]}" for name in changed(s))
-    flags += " --data synthetic" * data.startswith("synthetic") + " --quick" * ("-quick" in data)
-    flags += f" --holdout {s['test_images']}" * ("-holdout" in data)
-    return f"python train_mnist.py --model {s['model']} --seed {s['seed']}{flags}"
+    chosen = flags(s, parse([])) + " --data synthetic" * data.startswith("synthetic")
+    chosen += " --quick" * ("-quick" in data)
+    chosen += f" --holdout {s['test_images']}" * ("-holdout" in data)
+    return f"python train_mnist.py --model {s['model']} --seed {s['seed']}{chosen}"
 
 
-def changed(settings):
-    """The names of the settings, but for model and seed, that are not the defaults."""
-    defaults = parse([])
-    return [name for name in SETTINGS if name not in ("model", "seed")
-            and settings[name] != getattr(defaults, name)]
+def flags(settings, defaults):
+    """The flags for those of the settings, but for model and seed, that are not the defaults."""
+    return "".join(f" --{name.replace('_', '-')} {settings[name]}" for name in vars(defaults)
+                   if name in settings and name not in ("model", "seed")
+                   and settings[name] != getattr(defaults, name))
+
+
+def results_name(data, settings, defaults, seeds):
+    """What a table and its figures are called: the data, and whatever is not the default."""
+    name = data + flags(settings, defaults).replace(" --", "-").replace(" ", "-")
+    return name + ("" if seeds == [0, 1, 2] else "-seeds-" + "-".join(map(str, seeds)))
 
 
 def describe(device):
@@ -610,23 +634,18 @@ def describe(device):
 # All models: a table and two figures.
 
 def compare(settings, seeds, data, device, out, resume):
-    """Train every model with every seed; then write the rows, the figures and the table.
-
-    The files are named for the data, and for whatever is not the default.
-    """
+    """Train every model with every seed; then the table: -> whether all came to the end."""
     trainers = {model: [] for model in MODELS}
     for seed in dict.fromkeys(seeds):
         for model in MODELS:
             trainer = ImageTrainer(dict(settings, model=model, seed=seed), data, device)
-            if not run(trainer, out, resume and os.path.exists(trainer.path(out))):
+            if not run(trainer, out, resume and begun(trainer, out)):
                 return False
             trainers[model].append(trainer)
     if RANK > 0:
         return True
     rows = [t.result() for runs in trainers.values() for t in runs]
-    name = data.name + "".join(f"-{key}-{settings[key]}" for key in changed(settings))
-    if seeds != [0, 1, 2]:
-        name += "-seeds-" + "-".join(map(str, seeds))
+    name = results_name(data.name, settings, parse([]), seeds)
     write_atomically(f"results/{name}.csv", lambda part: write_rows(part, rows))
     write_atomically(f"figures/{name}_loss.png", lambda part: draw_loss(part, trainers))
     write_atomically(f"figures/{name}_accuracy.png", lambda part: draw_accuracy(part, trainers))
@@ -654,10 +673,10 @@ def print_table(rows):
     print("| model | parameters | test accuracy, % | seconds |\n|---|---|---|---|")
     scores = {}
     for model in MODELS:
-        own = [row for row in rows if row["model"] == model]
-        scores[model] = [float(row["test_accuracy"]) for row in own]
-        seconds = sum(float(row["seconds"]) for row in own) / len(own)
-        print(f"| {model} | {own[0]['params']:,} | {mean_sd(scores[model])} | {seconds:.0f} |")
+        runs = [row for row in rows if row["model"] == model]
+        scores[model] = [float(row["test_accuracy"]) for row in runs]
+        seconds = sum(float(row["seconds"]) for row in runs) / len(runs)
+        print(f"| {model} | {runs[0]['params']:,} | {mean_sd(scores[model])} | {seconds:.0f} |")
     differences = [a - b for a, b in zip(scores["bidirectional"], scores["causal"])]
     print(f"\nbidirectional minus causal, seed by seed: {mean_sd(differences, '+')}")
 

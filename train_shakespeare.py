@@ -11,11 +11,11 @@
 A token is a character, and the loss that of guessing the next one: -ln p in nats, or in bits,
 -log₂ p. The first 90 % of the text are trained on, and the loss is measured on the whole last 10 %,
 in two ways. In blocks, the model forgets everything after 128 characters; streaming, it reads from
-one end to the other and carries its state, which costs the same and is what a recurrence is for.
+one end to the other and carries its state, which costs no more: that is what a recurrence is for.
 
 It is trained as it is used. The rows of a batch are 32 places in the text, and the next batch goes
 on where this one stopped, from the states that it left behind (the gradient stops there: truncated
-backpropagation through time). An epoch reads every character once, each epoch from other places.
+backpropagation through time). An epoch reads the text once, and each epoch from other places.
 Now and then a row forgets (`--forget`), so that the model also learns to begin.
 
 `Trainer` and what is around it come from train_mnist.py. No network and no file: the help texts of
@@ -26,7 +26,7 @@ import argparse
 import hashlib
 import math
 import os
-import socket
+import shlex
 import sys
 import time
 from typing import NamedTuple
@@ -35,9 +35,9 @@ import torch
 import torch.nn.functional as F
 
 from block import MambaLM, State, generate
-from train_mnist import (RANK, Trainer, UserError, check_writable, choose_device, describe,
-                         first_line, gather, guard, join, mean_sd, number, own, read_checkpoint,
-                         run, write_atomically, write_rows)
+from train_mnist import (RANK, Trainer, UserError, begun, check_writable, choose_device, describe,
+                         first_line, flags, gather, guard, impatience, join, mean_sd, number,
+                         read_checkpoint, results_name, run, share, write_atomically, write_rows)
 
 SETTINGS = ("seed", "epochs", "batch", "block", "lr", "weight_decay", "average", "forget",
             "d_model", "layers")
@@ -55,7 +55,7 @@ class Text(NamedTuple):
     vocabulary: str
     train: torch.Tensor
     valid: torch.Tensor
-    flags: str               # that choose this text
+    chosen_by: str           # the flags that choose this text
 
 
 def encode(string, vocabulary):
@@ -68,12 +68,12 @@ def encode(string, vocabulary):
                         f"it knows {vocabulary!r}") from None
 
 
-def split(name, string, flags=""):
+def split(name, string, chosen_by=""):
     """The first 90 % for training and the last 10 % for validation: -> Text."""
     vocabulary = "".join(sorted(set(string)))
     tokens = encode(string, vocabulary)
     cut = len(tokens) * 9 // 10
-    return Text(name, vocabulary, tokens[:cut], tokens[cut:], flags)
+    return Text(name, vocabulary, tokens[:cut], tokens[cut:], chosen_by)
 
 
 def load_text(data_dir, source="auto", path=None):
@@ -83,7 +83,7 @@ def load_text(data_dir, source="auto", path=None):
     Raises UserError for a file that is missing, damaged or no UTF-8, and if "real" cannot be had.
     """
     if path is not None:
-        return split(name_of(path), read_text(path), f" --text {os.path.basename(path)}")
+        return split(name_of(path), read_text(path), f" --text {shlex.quote(path)}")
     if source == "synthetic":
         return synthetic_text()
     path = os.path.join(data_dir, "tinyshakespeare.txt")
@@ -106,17 +106,13 @@ def load_text(data_dir, source="auto", path=None):
 
 def download(path):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)         # seconds, until a stalled connection is given up
-    try:
+    with impatience():                   # it verifies the file before it moves it to its place
         torch.hub.download_url_to_file(URL, path, SHA256, progress=False)
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def name_of(path):
-    """The name of a file without folder and ending."""
-    return os.path.splitext(os.path.basename(path))[0]
+    """What results of the user's own text are called: text-war for books/war.txt."""
+    return "text-" + os.path.splitext(os.path.basename(path))[0]
 
 
 def read_text(path):
@@ -149,7 +145,7 @@ def build(settings):
 class TextTrainer(Trainer):
     """A Trainer of the language model, on Text."""
 
-    unit = "characters"
+    unit, piece = "characters", 4096     # characters that `evaluate` reads at a time
     LOG = (*Trainer.LOG, "states", "vocabulary")
 
     def __init__(self, settings, text, device):
@@ -176,7 +172,7 @@ class TextTrainer(Trainer):
         return characters[:, :-1], characters[:, 1:], forget.to(self.device) | (i == 0)
 
     def loss(self):
-        inputs, targets, forget = map(own, self.batch())
+        inputs, targets, forget = map(share, self.batch())
         states = self.states and [State(*(t.masked_fill(forget, 0) for t in state))
                                   for state in self.states]
         logits, states = self.net(inputs, states, return_state=True)
@@ -191,7 +187,7 @@ class TextTrainer(Trainer):
         In nats per character, over the whole text but its first character.
         """
         text, total, states = self.data.valid, 0.0, None
-        for x, y in zip(text[:-1].split(4096), text[1:].split(4096)):
+        for x, y in zip(text[:-1].split(self.piece), text[1:].split(self.piece)):
             if stop():
                 return None
             logits, states = self.average(x.unsqueeze(0), states, return_state=True)
@@ -228,7 +224,7 @@ class TextTrainer(Trainer):
 
     def load(self, path):
         super().load(path)
-        self.states = self.states and [State(*(own(t).to(self.device) for t in state))
+        self.states = self.states and [State(*(share(t).to(self.device) for t in state))
                                        for state in self.states]
 
     def path(self, folder):
@@ -257,14 +253,7 @@ class TextTrainer(Trainer):
                 "val_loss_block": f"{block:.4f}", "val_bits_stream": f"{stream / math.log(2):.4f}",
                 "val_bits_block": f"{block / math.log(2):.4f}", "seconds": f"{self.seconds():.0f}",
                 **self.machine, "command": f"python train_shakespeare.py --seed {s['seed']}"
-                f"{flags(s)}{self.data.flags}"}
-
-
-def flags(settings):
-    """The flags that differ from the defaults."""
-    defaults = parse([])
-    return "".join(f" --{name.replace('_', '-')} {settings[name]}" for name in SETTINGS
-                   if name != "seed" and settings[name] != getattr(defaults, name))
+                + flags(s, parse([])) + self.data.chosen_by}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -275,13 +264,12 @@ def train_seeds(settings, seeds, text, device, out, resume):
     trainers = []
     for seed in dict.fromkeys(seeds):
         trainer = TextTrainer(dict(settings, seed=seed), text, device)
-        if not run(trainer, out, resume and os.path.exists(trainer.path(out))):
+        if not run(trainer, out, resume and begun(trainer, out)):
             return False
         trainers.append(trainer)
     if RANK > 0:
         return True
-    rows, name = [t.result() for t in trainers], text.name + flags(settings).replace(" --", "-")
-    name = name.replace(" ", "-")
+    rows, name = [t.result() for t in trainers], results_name(text.name, settings, parse([]), seeds)
     write_atomically(f"results/{name}.csv", lambda part: write_rows(part, rows))
     write_atomically(f"figures/{name}_loss.png", lambda part: draw_loss(part, trainers))
     print(f"\nwrote results/{name}.csv and figures/{name}_loss.png\n\n"
@@ -310,8 +298,9 @@ def draw_loss(path, trainers):
                                       (blue, red), reversed(list(zip(*t.scores)))):
             axes[0].plot(ends, scores, "o-", color=color, markersize=3,
                          label=way if t is first else None)
+    low, high = axes[0].get_ylim()
     axes[0].set(xlabel="characters read (millions)", ylabel="loss (nats per character)",
-                ylim=(None, min(2.5, axes[0].get_ylim()[1])))
+                ylim=(low, min(high, low + 1)))
     blocks = [losses for t in trainers for losses in t.block_losses()]
     whole = [losses for losses in blocks if losses.shape[1] == first.settings["block"]]
     losses = torch.cat(whole).mean(0).cpu()                                    # (block,)
@@ -330,10 +319,19 @@ def draw_loss(path, trainers):
 # --------------------------------------------------------------------------------------------------
 # Writing.
 
+def checkpoint(args):
+    """The checkpoint to write from: the one that was named, or that of this text and seed 0."""
+    names = ["shakespeare"] * (args.data != "synthetic") + ["synthetic-pydoc"] * (
+        args.data != "real")
+    paths = [os.path.join(args.out, f"{name}{'-quick' * args.quick}-seed0.pt")
+             for name in ([name_of(args.text)] if args.text else names)]
+    return args.checkpoint or next(filter(os.path.exists, paths), paths[0])
+
+
 def load_model(path, device):
     """-> the MambaLM of a checkpoint, and its vocabulary. Raises UserError if path has none."""
-    state = read_checkpoint(path, "train first, with python train_shakespeare.py, or name another "
-                                  "with --checkpoint")
+    state = read_checkpoint(path, "train first, by python train_shakespeare.py, or name another "
+                                  "one with --checkpoint")
     try:
         model = build(state["settings"])
         model.load_state_dict(state["average"])
@@ -343,11 +341,11 @@ def load_model(path, device):
                         f"name another with --checkpoint") from None
 
 
-def write(args):
+def write_text(args):
     """Continue a prompt on stdout, as it comes; at the end, say on stderr how fast it came."""
     device = choose_device(args.device)
     torch.set_num_threads(1)             # products this small gain nothing from a second thread
-    model, vocabulary = load_model(args.checkpoint, device)
+    model, vocabulary = load_model(checkpoint(args), device)
     if not args.generate:
         raise UserError("the prompt is empty: give at least one character after --generate")
     prompt = encode(args.generate, vocabulary).to(device)
@@ -357,47 +355,44 @@ def write(args):
                            top_k=args.top_k, seed=args.seed):
         print("".join(vocabulary[t] for t in tokens), end="", flush=True)
         clock.append((clock[-1][0] + len(tokens), time.perf_counter()))
-    count, end = clock[-1]
-    print(f"\n\n{count:,} characters in {end - clock[0][1]:.2f} s: {rate(clock):,.0f} per second",
-          file=sys.stderr)
+    print(f"\n\n{args.tokens:,} characters, {rate(clock):,.0f} per second", file=sys.stderr)
     return True
 
 
-def rate(clock, begin=0, end=None):
-    """Characters per second between two counts."""
-    inside = [point for point in clock if begin <= point[0] <= (end or clock[-1][0])]
+def rate(clock, begin=0, end=math.inf):
+    """Characters per second between two counts; clock is a list of (count, seconds)."""
+    inside = [point for point in clock if begin <= point[0] <= end]
     (first, start), (last, stop) = inside[0], inside[-1]
     return (last - first) / max(stop - start, 1e-9)
 
 
 def benchmark(args):
-    """The speed of `generate` at the beginning and the end of a long text, and of the model."""
+    """How fast `generate` is at the beginning and the end of a long text; and without its script."""
     device = choose_device(args.device)
     torch.set_num_threads(1)
-    model, vocabulary = load_model(args.checkpoint, device)
+    model, vocabulary = load_model(checkpoint(args), device)
     check_writable("results")
     prompt, rows = encode(args.generate or vocabulary[0], vocabulary).to(device), []
-    for way, write_with, count in (("generate", generate, args.tokens),
-                                   ("MambaLM token by token", forward_only, 2000)):
-        clock, total = [(0, time.perf_counter())], 0
-        for tokens in write_with(model, prompt, count):
-            total += len(tokens)
-            clock.append((total, time.perf_counter()))
-        rows.append({"way": way, "params": sum(p.numel() for p in model.parameters()),
-                     "characters": total, "per_second": f"{rate(clock):.0f}",
-                     "first_1000_per_second": f"{rate(clock, 0, 1000):.0f}",
-                     "last_1000_per_second": f"{rate(clock, total - 1000):.0f}",
-                     "device": describe(device), "torch": str(torch.__version__),
-                     "command": f"python train_shakespeare.py --benchmark --tokens {args.tokens}"})
-        print("RESULT " + " ".join(f"{k}={v}".replace(" ", "-") for k, v in rows[-1].items()
-                                   if k not in ("device", "torch", "command")), flush=True)
+    for way, writer, count in (("generate", generate, args.tokens),
+                               ("MambaLM.forward", forward_only, min(2000, args.tokens))):
+        clock = [(0, time.perf_counter())]
+        for tokens in writer(model, prompt, count):
+            clock.append((clock[-1][0] + len(tokens), time.perf_counter()))
+        row = {"way": way, "params": sum(p.numel() for p in model.parameters()),
+               "characters": count, "per_second": f"{rate(clock):.0f}",
+               "first_1000_per_second": f"{rate(clock, 0, 1000):.0f}",
+               "last_1000_per_second": f"{rate(clock, count - 1000, count):.0f}"}
+        print("RESULT " + " ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        rows.append({**row, "device": describe(device), "torch": str(torch.__version__),
+                     "command": f"python train_shakespeare.py --benchmark --tokens {args.tokens}"
+                                + f" --checkpoint {shlex.quote(checkpoint(args))}"})
     write_atomically("results/generation.csv", lambda part: write_rows(part, rows))
     return True
 
 
 @torch.inference_mode()
 def forward_only(model, prompt, count):
-    """What `generate` does, by MambaLM.forward alone: yields one token at a time."""
+    """What `generate` does, by MambaLM.forward alone: yields lists of one token."""
     tokens, states = prompt.unsqueeze(0), None
     for _ in range(count):
         logits, states = model(tokens, states, return_state=True)
@@ -429,7 +424,7 @@ def parse(arguments):
     add("--layers", type=count, default=4, help="default %(default)s")
     add("--generate", metavar="PROMPT", help="write instead of training")
     add("--tokens", type=count, default=1000, help="characters to write, default %(default)s")
-    add("--temperature", type=number(float, 0), default=0.8,
+    add("--temperature", type=number(float, 0, 100), default=0.8,
         help="1: as the model has it; 0: always the most likely; default %(default)s")
     add("--top-k", type=count, help="draw among so many characters only")
     add("--checkpoint", help="to write from, default that of this text and seed 0")
@@ -443,8 +438,6 @@ def parse(arguments):
         help="auto: cuda if there is one, else cpu")
     args = p.parse_args(arguments)
     args.epochs = args.epochs or (1 if args.quick else 10)
-    name = (name_of(args.text) if args.text else "shakespeare") + "-quick" * args.quick
-    args.checkpoint = args.checkpoint or os.path.join(args.out, f"{name}-seed0.pt")
     return args
 
 
@@ -456,7 +449,7 @@ def train(args):
     text = load_text(args.data_dir, args.data, args.text)
     if args.quick:
         text = Text(text.name + "-quick", text.vocabulary, text.train[:163841], text.valid[:16384],
-                    text.flags + " --quick")
+                    text.chosen_by + " --quick")
     if len(text.train) <= args.batch * args.block or len(text.valid) <= args.block:
         raise UserError(f"{text.name} has {len(text.train)} characters for training and "
                         f"{len(text.valid)} for validation: too few for one step of {args.batch} "
@@ -470,7 +463,7 @@ def train(args):
 
 def main(arguments=None):
     args = parse(arguments)
-    job = benchmark if args.benchmark else write if args.generate is not None else train
+    job = benchmark if args.benchmark else train if args.generate is None else write_text
     return guard("train_shakespeare.py", lambda: job(args))
 
 
