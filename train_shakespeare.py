@@ -367,7 +367,7 @@ def rate(clock, begin=0, end=math.inf):
 
 
 def benchmark(args):
-    """How fast `generate` is at the beginning and the end of a long text; and without its script."""
+    """How fast `generate` is, at the beginning and the end of a long text; and without it."""
     device = choose_device(args.device)
     torch.set_num_threads(1)
     model, vocabulary = load_model(checkpoint(args), device)
