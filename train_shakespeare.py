@@ -301,10 +301,13 @@ def draw_loss(path, trainers):
     low, high = axes[0].get_ylim()
     axes[0].set(xlabel="characters read (millions)", ylabel="loss (nats per character)",
                 ylim=(low, min(high, low + 1)))
-    blocks = [losses for t in trainers for losses in t.block_losses()]
-    whole = [losses for losses in blocks if losses.shape[1] == first.settings["block"]]
-    losses = torch.cat(whole).mean(0).cpu()                                    # (block,)
-    axes[1].semilogx(range(1, len(losses) + 1), losses, color=blue, label="in blocks")
+    blocks, block = [b for t in trainers for b in t.block_losses()], first.settings["block"]
+    losses = torch.cat([b for b in blocks if b.shape[1] == block]).mean(0).cpu()       # (block,)
+    ends = [2 ** i for i in range(block.bit_length()) if 2 ** i < block] + [block]
+    bins = [(start + 1, end) for start, end in zip([0] + ends, ends)]      # 1, 2, 3–4, 5–8, …
+    axes[1].plot([f"{start}–{end}" if start < end else f"{end}" for start, end in bins],
+                 [losses[start - 1:end].mean() for start, end in bins], "o-", color=blue,
+                 label="in blocks")
     axes[1].axhline(sum(t.scores[-1][0] for t in trainers) / len(trainers), color=red,
                     label="streaming: mean over the text")
     axes[1].set(xlabel="place in the block (characters)", ylabel="validation loss (nats)")
