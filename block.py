@@ -15,8 +15,8 @@ embedding and a head that is the embedding again, and its state is one State per
 writes text from that state, at the same cost per token however long the text has become.
 
 Symbols: the glossary of s6.py; besides, d_model is the width of the residual stream, and d that
-inside the block, twice as wide. Left out: the fused kernel's trick of computing the gate within the
-scan.
+inside the block, twice as wide. Left out: dropout, and the fused kernel's trick of computing the
+gate within the scan.
 Read before: s6.py. Read next: vision.py, the same block for images.
 Source: Gu & Dao 2023, section 3.4 and figure 3; initialisation as in the authors' code.
 """

@@ -417,8 +417,8 @@ def parse(arguments):
     add("--epochs", type=count, help="default 10")
     add("--batch", type=count, default=32, help="places in the text, default %(default)s")
     add("--block", type=count, default=128, help="characters per step, default %(default)s")
-    add("--lr", type=number(float, 0), default=6e-3, help="its peak, default %(default)s")
-    add("--weight-decay", type=number(float, 0), default=0.1, help="default %(default)s")
+    add("--lr", type=number(float, 0), default=1.5e-2, help="its peak, default %(default)s")
+    add("--weight-decay", type=number(float, 0), default=0.3, help="default %(default)s")
     add("--average", type=number(float, 0, 1), default=0.998,
         help="decay per step of the averaged weights, default %(default)s")
     add("--forget", type=number(float, 0, 1), default=0.05,
