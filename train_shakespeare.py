@@ -8,19 +8,22 @@
     python train_shakespeare.py --resume               go on after Ctrl-C, to the same weights
     torchrun --nproc_per_node=2 train_shakespeare.py   each of two processes takes half the batch
 
-A token is a character, and the loss that of guessing the next one: -ln p in nats, or in bits,
--log₂ p. The first 90 % of the text are trained on, and the loss is measured on the whole last 10 %,
+A token is a character, and the loss that of guessing the next one: -ln p in nats, or -log₂ p in
+bits. The first 90 % of the text are trained on, and the loss is measured on the whole last 10 %,
 in two ways. In blocks, the model forgets everything after 128 characters; streaming, it reads from
 one end to the other and carries its state, which costs no more: that is what a recurrence is for.
 
 It is trained as it is used. The rows of a batch are 32 places in the text, and the next batch goes
 on where this one stopped, from the states that it left behind (the gradient stops there: truncated
 backpropagation through time). An epoch reads the text once, and each epoch from other places.
-Now and then a row forgets (`--forget`), so that the model also learns to begin.
+Now and then a row forgets (`--forget`), so that the model also learns to begin. Steps are large and
+weight decay is strong: with half a million parameters and ten readings of one million characters,
+learning by heart is the danger. Expect 1.43 nats streaming, after 22 minutes on one core.
 
-`Trainer` and what is around it come from train_mnist.py. No network and no file: the help texts of
-Python itself stand in for Shakespeare, and are announced and labelled so.
-Read before: block.py, train_mnist.py. Read next: visualize_delta.py.
+`Trainer` and what is around it come from train_mnist.py: also the average of the weights, which is
+what is measured and what writes. No network and no file: the help texts of Python itself stand in
+for Shakespeare, and are announced and labelled so.
+Read before: block.py, train_mnist.py.
 """
 import argparse
 import hashlib
@@ -412,7 +415,7 @@ def parse(arguments):
     add, count, seed = p.add_argument, number(int, 1), number(int, 0, 10 ** 6)
     add("--seed", type=seed, default=0, help="of the training, or of the text that is written")
     add("--seeds", type=seed, nargs="+", help="train once with each, then write table and figure")
-    add("--quick", action="store_true", help="one epoch of 163,841 characters")
+    add("--quick", action="store_true", help="one epoch of 164,000 characters")
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--epochs", type=count, help="default 10")
     add("--batch", type=count, default=32, help="places in the text, default %(default)s")
@@ -451,7 +454,7 @@ def train(args):
         check_writable(folder)
     text = load_text(args.data_dir, args.data, args.text)
     if args.quick:
-        text = Text(text.name + "-quick", text.vocabulary, text.train[:163841], text.valid[:16384],
+        text = Text(text.name + "-quick", text.vocabulary, text.train[:164000], text.valid[:16000],
                     text.chosen_by + " --quick")
     if len(text.train) <= args.batch * args.block or len(text.valid) <= args.block:
         raise UserError(f"{text.name} has {len(text.train)} characters for training and "
