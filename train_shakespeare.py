@@ -356,12 +356,12 @@ def write_text(args):
         raise UserError("the prompt is empty: give at least one character after --generate")
     prompt = encode(args.generate, vocabulary).to(device)
     print(args.generate, end="", flush=True)
-    clock = [(0, time.perf_counter())]   # characters written, and when
+    start = time.perf_counter()
     for tokens in generate(model, prompt, args.tokens, temperature=args.temperature,
                            top_k=args.top_k, seed=args.seed):
         print("".join(vocabulary[t] for t in tokens), end="", flush=True)
-        clock.append((clock[-1][0] + len(tokens), time.perf_counter()))
-    print(f"\n\n{args.tokens:,} characters, {rate(clock):,.0f} per second", file=sys.stderr)
+    speed = args.tokens / (time.perf_counter() - start)
+    print(f"\n\n{args.tokens:,} characters, {speed:,.0f} per second", file=sys.stderr)
     return True
 
 
