@@ -737,6 +737,7 @@ def test_a_tiny_text_is_memorised():
 def test_the_commands_of_the_language_model_run_from_end_to_end():
     """Catches: a checkpoint that is written under one name and looked for under another."""
     here, threads = os.getcwd(), torch.get_num_threads()
+    name = "text-poem-epochs-2-batch-4-block-16-d-model-16-layers-1-seeds-0-1"
     tiny = ["--text", "poem.txt", "--d-model", "16", "--layers", "1", "--batch", "4", "--block",
             "16", "--epochs", "2"]
     with tempfile.TemporaryDirectory() as folder:
@@ -751,10 +752,14 @@ def test_the_commands_of_the_language_model_run_from_end_to_end():
                 assert code == 0, message
             found = sorted(name for _, _, files in os.walk(".") for name in files)
             print(f"    {found}")
+            with open(f"results/{name}.csv", encoding="utf-8") as file:
+                command = file.read().splitlines()[1].split(",")[-1]
         finally:
             os.chdir(here)
             torch.set_num_threads(threads)
-    name = "text-poem-epochs-2-batch-4-block-16-d-model-16-layers-1-seeds-0-1"
+    print(f"    {command}")
+    assert command == ("python train_shakespeare.py --seed 0 --epochs 2 --batch 4 --block 16 "
+                       "--d-model 16 --layers 1 --text poem.txt")
     assert found == ["generation.csv", "poem.txt", f"{name}.csv", f"{name}_loss.png",
                      "text-poem-seed0.pt", "text-poem-seed1.pt"]
 

@@ -602,22 +602,21 @@ def set_aside(path):
 def command(trainer):
     """The command that trains this model."""
     s, data = trainer.settings, trainer.data.name
-    chosen = flags(s, parse([])) + " --data synthetic" * data.startswith("synthetic")
+    chosen = flags(s, SETTINGS, parse([])) + " --data synthetic" * data.startswith("synthetic")
     chosen += " --quick" * ("-quick" in data)
     chosen += f" --holdout {s['test_images']}" * ("-holdout" in data)
     return f"python train_mnist.py --model {s['model']} --seed {s['seed']}{chosen}"
 
 
-def flags(settings, defaults):
+def flags(settings, names, defaults):
     """The flags for those of the settings, but for model and seed, that are not the defaults."""
-    return "".join(f" --{name.replace('_', '-')} {settings[name]}" for name in vars(defaults)
-                   if name in settings and name not in ("model", "seed")
-                   and settings[name] != getattr(defaults, name))
+    return "".join(f" --{name.replace('_', '-')} {settings[name]}" for name in names
+                   if name not in ("model", "seed") and settings[name] != getattr(defaults, name))
 
 
-def results_name(data, settings, defaults, seeds):
-    """What a table and its figures are called: the data, and whatever is not the default."""
-    name = data + flags(settings, defaults).replace(" --", "-").replace(" ", "-")
+def results_name(data, chosen, seeds):
+    """What a table and its figures are called: the data, and the flags that are not the default."""
+    name = data + chosen.replace(" --", "-").replace(" ", "-")
     return name + ("" if seeds == [0, 1, 2] else "-seeds-" + "-".join(map(str, seeds)))
 
 
@@ -645,7 +644,7 @@ def compare(settings, seeds, data, device, out, resume):
     if RANK > 0:
         return True
     rows = [t.result() for runs in trainers.values() for t in runs]
-    name = results_name(data.name, settings, parse([]), seeds)
+    name = results_name(data.name, flags(settings, SETTINGS, parse([])), seeds)
     write_atomically(f"results/{name}.csv", lambda part: write_rows(part, rows))
     write_atomically(f"figures/{name}_loss.png", lambda part: draw_loss(part, trainers))
     write_atomically(f"figures/{name}_accuracy.png", lambda part: draw_accuracy(part, trainers))

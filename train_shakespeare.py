@@ -256,7 +256,7 @@ class TextTrainer(Trainer):
                 "val_loss_block": f"{block:.4f}", "val_bits_stream": f"{stream / math.log(2):.4f}",
                 "val_bits_block": f"{block / math.log(2):.4f}", "seconds": f"{self.seconds():.0f}",
                 **self.machine, "command": f"python train_shakespeare.py --seed {s['seed']}"
-                + flags(s, parse([])) + self.data.chosen_by}
+                + flags(s, SETTINGS, parse([])) + self.data.chosen_by}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -272,7 +272,8 @@ def train_seeds(settings, seeds, text, device, out, resume):
         trainers.append(trainer)
     if RANK > 0:
         return True
-    rows, name = [t.result() for t in trainers], results_name(text.name, settings, parse([]), seeds)
+    rows = [t.result() for t in trainers]
+    name = results_name(text.name, flags(settings, SETTINGS, parse([])), seeds)
     write_atomically(f"results/{name}.csv", lambda part: write_rows(part, rows))
     write_atomically(f"figures/{name}_loss.png", lambda part: draw_loss(part, trainers))
     print(f"\nwrote results/{name}.csv and figures/{name}_loss.png\n\n"
