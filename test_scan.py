@@ -1,6 +1,6 @@
 """test_scan.py: why you may believe the rest.
 
-    python test_scan.py                all tests, under a minute; the last line counts them
+    python test_scan.py                all tests, in a minute or two; the last line counts them
     python test_scan.py padding zoh    those whose name contains one of the words
     pytest test_scan.py                the same tests, for those who have pytest
 
