@@ -526,11 +526,15 @@ def test_the_step_that_generates_is_the_model():
     model, tokens = language_model()
     with torch.no_grad():
         whole = model(tokens[:1])[0]
-        for prompt in range(1, 10):
+        for prompt, table in itertools.product(range(1, 10), (True, False)):
             _, states = model(tokens[:1, :prompt], return_state=True)
-            laid_out = block._lay_out(model, states)
-            logits = torch.cat([block._step(t, *laid_out) for t in tokens[0, prompt:].tolist()])
-            allow(f"four layers, prompt of {prompt}: logits", error(logits, whole[prompt:]), 1e-13)
+            embedding, first, *laid_out = block._lay_out(model, states)
+            assert len(first) == len(embedding)
+            logits = torch.cat([
+                block._step(t, place, embedding, first if table else first[:0], *laid_out)
+                for place, t in enumerate(tokens[0, prompt:].tolist())])
+            name = f"four layers, prompt of {prompt}, {'with' if table else 'without'} a table"
+            allow(name, error(logits, whole[prompt:]), 1e-13)
 
 
 def test_generation_with_one_seed_repeats_and_draws_from_the_softmax():
