@@ -294,28 +294,28 @@ def _lay_out(model, states):
     dtype = torch.promote_types(model.embedding.weight.dtype, torch.float32)
     root = model.embedding.embedding_dim ** 0.5
 
-    def row(tensor):
+    def cast(tensor):
         return tensor.to(dtype)
 
     def columns(weight, norm=None):
-        scaled = row(weight) if norm is None else root * row(norm.weight) * row(weight)
+        scaled = cast(weight) if norm is None else root * cast(norm.weight) * cast(weight)
         return scaled.t().contiguous()
 
     layers = []
     for layer in model.layers:
         mixer, conv1d, s6 = layer.mixer, layer.mixer.path.conv1d, layer.mixer.path.s6
-        taps, bias = columns(conv1d.weight[:, 0]), row(conv1d.bias).unsqueeze(0)       # (w, d)
+        taps, bias = columns(conv1d.weight[:, 0]), cast(conv1d.bias).unsqueeze(0)       # (w, d)
         kernels = [torch.cat([taps.roll(at + 1, 0), bias]) for at in range(len(taps))]
         layers.append([columns(mixer.in_proj.weight, layer.norm), torch.stack(kernels),
                        columns(s6.x_proj.weight), columns(s6.dt_proj.weight),
-                       row(s6.dt_proj.bias), columns(-torch.exp(row(s6.A_log))), row(s6.D),
+                       cast(s6.dt_proj.bias), columns(-torch.exp(cast(s6.A_log))), cast(s6.D),
                        columns(mixer.out_proj.weight)])
-    embedding = row(model.embedding.weight)
+    embedding = cast(model.embedding.weight)
     floor = embedding.new_tensor(root * model.norm_f.eps ** 0.5)
     first = embedding[:0]
     if layers and len(embedding) <= 1024:
         first = torch.cat([_project(x, layers[0][0], floor) for x in embedding.split(1)])
-    copies = [[F.pad(F.pad(row(state.window[0]), (0, 0, 0, 1)), (0, 0, 0, 1), value=1.0),
+    copies = [[F.pad(F.pad(cast(state.window[0]), (0, 0, 0, 1)), (0, 0, 0, 1), value=1.0),
                columns(state.h[0]).clone()] for state in states]
     return embedding, first, columns(embedding, model.norm_f), floor, layers, copies
 
