@@ -20,6 +20,7 @@ gate within the scan.
 Read before: s6.py. Read next: vision.py, the same block for images.
 Source: Gu & Dao 2023, section 3.4 and figure 3; initialisation as in the authors' code.
 """
+# No `from __future__ import annotations` here: TorchScript reads the annotations of this file.
 from typing import List, NamedTuple, Tuple
 
 import torch
@@ -304,7 +305,7 @@ def _lay_out(model, states):
     layers = []
     for layer in model.layers:
         mixer, conv1d, s6 = layer.mixer, layer.mixer.path.conv1d, layer.mixer.path.s6
-        taps, bias = columns(conv1d.weight[:, 0]), cast(conv1d.bias).unsqueeze(0)       # (w, d)
+        taps, bias = columns(conv1d.weight[:, 0]), cast(conv1d.bias).unsqueeze(0)      # (w, d)
         kernels = [torch.cat([taps.roll(at + 1, 0), bias]) for at in range(len(taps))]
         layers.append([columns(mixer.in_proj.weight, layer.norm), torch.stack(kernels),
                        columns(s6.x_proj.weight), columns(s6.dt_proj.weight),

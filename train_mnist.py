@@ -813,7 +813,7 @@ def guard(script, job):
         return 130
     except BrokenPipeError:              # whoever read stdout has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141                       # what a shell reports of a program that ends so
     finally:
         if PROCESSES > 1 and dist.is_initialized():
             dist.destroy_process_group()
