@@ -31,12 +31,14 @@ import block
 import s6
 import train_mnist
 import train_shakespeare
+import visualize_delta
 from block import MambaBlock, MambaLM, causal_conv, generate, load_official, parameter_groups
 from rnn import RNN
 from s6 import S6, definition, selective_scan
 from train_mnist import ImageTrainer, UserError
 from train_shakespeare import TextTrainer
 from vision import VisionBlock, VisionMamba
+from visualize_delta import changes, haystacks, rank_correlation, switch_off, watch
 
 METHODS, DISCRETIZATIONS = ("sequential", "parallel"), ("euler", "zoh")
 WAYS = list(itertools.product(METHODS, DISCRETIZATIONS))
@@ -804,6 +806,128 @@ def test_the_recipe_is_what_it_says():
 
 
 # --------------------------------------------------------------------------------------------------
+# Looking at Δ.
+
+def test_looking_at_delta_changes_no_output_and_leaves_no_trace():
+    """Catches: a hook that replaces what it reads or stays, a Δ that is not the one that scans."""
+    torch.manual_seed(0)
+    tokens, images = torch.randint(11, (2, 30)), torch.randint(256, (2, 1, 28, 28)).float()
+    for model, data in ((MambaLM(11, 16, 2), tokens), (VisionMamba(16, 2), images)):
+        before = model(data)
+        with watch(model) as scans:
+            equal(f"{type(model).__name__} while one looks", model(data), before)
+        equal(f"{type(model).__name__} afterwards", model(data), before)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        for scan in scans.values():
+            layer, x = scan.s6, scan.x
+            _, B, C = layer.x_proj(x).split([layer.dt_rank, layer.n, layer.n], -1)
+            y = selective_scan(x, scan.delta, -layer.A_log.exp(), B, C, layer.D)
+            equal("the Δ that was read makes the output", layer(x), y)
+
+
+def test_the_change_of_h_is_the_difference_of_two_states():
+    """Catches: a state that is read before its token, or not carried on."""
+    torch.manual_seed(0)
+    layer = S6(8, 4)
+    x = torch.randn(2, 9, 8)
+    with watch(layer) as scans:
+        layer(x)
+    states = [layer(x[:, :t], return_state=True)[1] for t in range(1, 10)]
+    states = torch.stack([torch.zeros_like(states[0]), *states], 1)            # (b, l+1, d, n)
+    exact = states.diff(dim=1).flatten(2).norm(dim=2)
+    allow("changes(scan)", error(changes(scans[""]), exact), 1e-5)
+
+
+def test_without_selection_delta_is_constant_and_S6_a_convolution():
+    """Catches: an ablation that switches nothing off."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 8)
+    for what, constant, convolution in (("nothing", False, False), ("delta", True, False),
+                                        ("all", True, True)):
+        layer = S6(8, 4)
+        if what != "nothing":
+            switch_off(layer, what)
+        with watch(layer) as scans:
+            y = layer(x)
+        spread, twice = scans[""].delta.std(1).max(), error(layer(2 * x), 2 * y)
+        print(f"    {what} off: Δ varies by {spread:.1e}; S6(2x) is 2 S6(x) but for {twice:.1e}")
+        assert (spread < 1e-6) == constant and (twice < 1e-5) == convolution
+
+
+def test_the_answer_to_a_haystack_is_right_by_construction():
+    """Catches: an answer that is overwritten, a marker too many, a needle lost between pieces."""
+    for length, piece in ((3, None), (3, 1), (100, None), (100, 7), (100, 1)):
+        places = torch.arange(length - 2)
+        answers = torch.randint(16, places.shape)
+        pieces = list(haystacks(length, places, answers, torch.Generator(), piece))
+        assert max(p.shape[1] for p in pieces) <= (piece or length)
+        tokens = torch.cat(pieces, 1)
+        assert tokens.shape == (length - 2, length) and tokens.min() >= 0 and tokens.max() == 16
+        for row, place, answer in zip(tokens, places, answers):
+            assert (row == 16).nonzero().flatten().tolist() == [place, length - 1]
+            assert row[place + 1] == answer
+    tokens, places, symbols = visualize_delta.scattered(50, 40, torch.Generator())
+    for row, place, symbol in zip(tokens, places, symbols):
+        assert row[:40][row[:40] != 16].tolist() == symbol.tolist() == row[place].tolist()
+        assert (row[40:] == 17).all() and len(row) == 56
+    print("    every needle in haystacks of 3 and 100, in pieces of 1, 7 and all; copying in order")
+
+
+def test_a_haystack_read_in_pieces_is_the_whole():
+    """Catches: a state that is dropped between pieces, by Mamba or by the RNN."""
+    torch.manual_seed(0)
+    answers = torch.arange(4)
+    for name in ("priced", "rnn"):
+        model = visualize_delta.build(name, 18)
+        whole, pieces = (haystacks(300, 60 * answers, answers, torch.Generator(), piece)
+                         for piece in (None, 64))
+        whole = torch.cat(list(pieces), 1), *whole
+        logits = visualize_delta.read(model, whole[0].split(64, 1), CPU)
+        allow(f"{name}: logits after 300 tokens, in pieces of 64",
+              error(logits, model(whole[0])[:, -1, :16]), 1e-5)
+
+
+def test_a_rank_correlation_shares_ranks_and_a_scan_lies_on_the_image_as_it_reads():
+    """Catches: ties that favour one side, a backward scan that is drawn upside down."""
+    a, b = torch.tensor([[1., 2, 2, 4]]), torch.tensor([[10., 30, 20, 40]])
+    # ranks 1, 2½, 2½, 4 and 1, 3, 2, 4: ρ = 4.5 / √(4.5 · 5)
+    allow("ρ with a tie", abs(rank_correlation(a, b).item() - 0.9 ** 0.5), 1e-6)
+    allow("ρ of a rising pair", abs(rank_correlation(b, b.exp2()).item() - 1), 1e-6)
+    allow("ρ of a falling pair", abs(rank_correlation(b, -b).item() + 1), 1e-6)
+    assert visualize_delta.on_grid(torch.arange(4), True).tolist() == [[3, 2], [1, 0]]
+    assert visualize_delta.on_grid(torch.arange(4), False).tolist() == [[0, 1], [2, 3]]
+
+
+def test_the_pictures_of_delta_are_drawn_from_end_to_end():
+    """Catches: a figure that is promised and not written, a control that is missing."""
+    here, tiny = os.getcwd(), ["--quick", "--task", "digits", "needle", "copying"]
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            ImageTrainer(small(), digits(), CPU).save("a.pt")
+            with replaced(visualize_delta, "load_data", lambda *_: digits()), \
+                    replaced(visualize_delta, "QUICK", (4, 256, 7)):
+                for flags in (tiny, tiny + ["--resume"]):
+                    code, message = quietly(visualize_delta.main, flags + ["--checkpoint", "a.pt"])
+                    assert code == 0, message
+            found = sorted(name for _, _, files in os.walk(".") for name in files)
+            with open("results/needle_delta-quick.csv", encoding="utf-8") as file:
+                models = [line.split(",")[0] for line in file]
+        finally:
+            os.chdir(here)
+            torch.set_flush_denormal(False)
+    print(f"    {found}")
+    assert models == ["model", "untrained", "untrained", "priced", "priced"]
+    assert found == ["a.pt", "copying-32-quick-fixed-seed0.pt",
+                     "copying-32-quick-unpriced-seed0.pt", "copying-quick.csv",
+                     "copying-quick.png", "delta-synthetic-digits.csv",
+                     "delta_digit-synthetic-digits.png", "delta_ink-synthetic-digits.png",
+                     "needle-quick-priced-seed0.pt", "needle-quick.csv", "needle_delta-quick.csv",
+                     "needle_delta-quick.png", "needle_grid-quick.png", "needle_lengths-quick.png",
+                     "scan-synthetic-digits.gif"]
+
+
+# --------------------------------------------------------------------------------------------------
 # And on bad ones: every mistake gets one clear line.
 
 def test_every_documented_error_of_the_scan_is_raised():
@@ -914,6 +1038,31 @@ def test_what_is_no_text_and_no_language_model_is_named():
               trainer.average.embedding.weight)
 
 
+def test_what_delta_cannot_be_read_from_is_named():
+    """Catches: a traceback, or a picture of the wrong model, of other images, of another digit."""
+    def look(*flags):
+        with replaced(visualize_delta, "load_data", lambda *_: digits()):
+            visualize_delta.look_at_digits(visualize_delta.parse(list(flags)), CPU)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "a.pt")
+        raises(["no checkpoint", "--checkpoint"], lambda: look("--checkpoint", path), UserError)
+        ImageTrainer(small(), digits(), CPU).save(path)
+        raises([path, "synthetic-digits", "--data real"],
+               lambda: look("--checkpoint", path, "--data", "real"), UserError)
+        count = (digits().test_labels == 7).sum().item()
+        raises(["--index", f"0 … {count - 1}"],
+               lambda: look("--checkpoint", path, "--index", str(count)), UserError)
+        for trainer in (ImageTrainer(small(model="rnn"), digits(), CPU), text_trainer()):
+            trainer.save(path)
+            raises([path, "no Vision Mamba"], lambda: look("--checkpoint", path), UserError)
+        args = visualize_delta.parse(["--resume", "--out", folder])
+        for steps, words in ((3, None), (3, None), (4, ["[3]", "[4]", "--resume"])):
+            def obtain():
+                return visualize_delta.obtain(args, "needle", "rnn", 0, CPU, lambda *_: None, steps)
+            raises(words, obtain, UserError) if words else obtain()
+
+
 def test_an_earlier_checkpoint_is_kept_when_training_starts_anew():
     """Catches: a forgotten --resume that costs the run it was meant to continue."""
     with tempfile.TemporaryDirectory() as folder:
@@ -955,11 +1104,12 @@ def test_a_wrong_flag_is_answered_with_what_is_right():
     """Catches: a typing error found after an hour."""
     for flags, words in ((["--model", "lstm"], "bidirectional"), (["--epochs", "0"], "1 or more"),
                          (["--lr", "fast"], "--lr"), (["--nonsense"], "nonsense"),
-                         (["--seed", "-1"], "between 0"), (["--device", "abacus"], "cuda")):
+                         (["--seed", "-1"], "between 0"), (["--device", "abacus"], "cuda"),
+                         (["--digit", "10"], "between 0 and 9"), (["--task", "sums"], "needle")):
         err = io.StringIO()
         try:
             with contextlib.redirect_stderr(err):
-                train_mnist.parse(flags)
+                (visualize_delta if flags[0] in ("--digit", "--task") else train_mnist).parse(flags)
             raise AssertionError(f"{flags} was taken")
         except SystemExit as stop:
             last = err.getvalue().strip().splitlines()[-1]

@@ -421,7 +421,7 @@ class ImageTrainer(Trainer):
     def __init__(self, settings, data, device):
         self.data, self.order = data, (-1, None)
         self.per_step = settings["batch"]
-        settings = dict(settings, train_images=len(data.train_images),
+        settings = dict(settings, dataset=data.name, train_images=len(data.train_images),
                         test_images=len(data.test_images))
         super().__init__(settings, build, len(data.train_images) // self.per_step, device)
 
