@@ -1050,6 +1050,9 @@ def test_what_delta_cannot_be_read_from_is_named():
         ImageTrainer(small(), digits(), CPU).save(path)
         raises([path, "synthetic-digits", "--data real"],
                lambda: look("--checkpoint", path, "--data", "real"), UserError)
+        other = os.path.join(folder, "b.pt")
+        ImageTrainer(small(model="causal"), digits(), CPU).save(other)
+        raises([path, other, "seed alone"], lambda: look("--checkpoint", path, other), UserError)
         count = (digits().test_labels == 7).sum().item()
         raises(["--index", f"0 … {count - 1}"],
                lambda: look("--checkpoint", path, "--index", str(count)), UserError)

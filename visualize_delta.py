@@ -274,7 +274,7 @@ def correlate(models, images):
     low, high        the 95 % interval of the mean over the digits
     """
     rows = []
-    for (name, seed), model in models.items():
+    for (name, path, seed), model in models.items():
         for (scan, backward), ratio in read_images(model, images).items():
             for what, strength in ink_and_edges(images, ratio.shape[1]).items():
                 strength = strength.flip(1) if backward else strength
@@ -284,8 +284,8 @@ def correlate(models, images):
                         a, b = a - a.mean(0), b - b.mean(0)
                     rho = rank_correlation(a, b)
                     mean, half = rho.mean().item(), 1.96 * rho.std().item() / len(rho) ** 0.5
-                    rows.append({"model": name, "seed": seed, "scan": scan, "with": what,
-                                 "tokens_back": back, "place_removed": removed,
+                    rows.append({"model": name, "checkpoint": path, "seed": seed, "scan": scan,
+                                 "with": what, "tokens_back": back, "place_removed": removed,
                                  "rank_correlation": f"{mean:.3f}", "low": f"{mean - half:.3f}",
                                  "high": f"{mean + half:.3f}", "digits": len(images)})
     return rows
@@ -303,13 +303,13 @@ def bins(x, y, count=8):
     return torch.tensor([[x[g].mean(), y[g].mean()] for g in groups]).T
 
 
-def draw_ink(path, models, images, rows, title):
+def draw_ink(file, models, images, rows, title):
     """A column per scan: Δ over ink and over edges, and their rank correlation over tokens back."""
     from matplotlib.figure import Figure
     scans = list(dict.fromkeys(row["scan"] for row in rows))
     figure = Figure(figsize=(2.9 * len(scans) + 0.6, 8), layout="constrained")
     axes = figure.subplots(3, len(scans), sharex="row", sharey="row", squeeze=False)
-    for (name, seed), model in models.items():
+    for (name, path, _), model in models.items():
         for i, ((scan, backward), ratio) in enumerate(read_images(model, images).items()):
             for ax, strength in zip(axes[:, i], ink_and_edges(images, ratio.shape[1]).values()):
                 strength = strength.flip(1) if backward else strength
@@ -317,9 +317,9 @@ def draw_ink(path, models, images, rows, title):
                     b = strength[:, :strength.shape[1] - back].flatten()
                     ax.plot(*bins(b, ratio[:, back:].flatten()), style, color=LOOKS[name],
                             label=f"{name}, {f'ink {back} tokens back' if back else 'its own ink'}"
-                            if seed == rows[0]["seed"] else None)
-            chosen = [row for row in rows if not row["place_removed"] and (
-                row["model"], row["seed"], row["scan"], row["with"]) == (name, seed, scan, "ink")]
+                            if path == rows[0]["checkpoint"] else None)
+            chosen = [row for row in rows if not row["place_removed"] and (row["model"], row[
+                "checkpoint"], row["scan"], row["with"]) == (name, path, scan, "ink")]
             rho, low, high = ([float(row[key]) for row in chosen]
                               for key in ("rank_correlation", "low", "high"))
             axes[2, i].plot(BACK, rho, color=LOOKS[name])
@@ -335,7 +335,7 @@ def draw_ink(path, models, images, rows, title):
     axes[2, 0].set_ylabel("rank correlation of Δ and ink")
     axes[0, 0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110, format="png")
+    figure.savefig(file, dpi=110, format="png")
 
 
 def draw_frame(figure, pixels, seen, step):
@@ -377,8 +377,8 @@ def animate(path, image, model, title):
     from matplotlib.figure import Figure
     with watch(model) as scans, torch.no_grad():
         model(normalize(image))
-        seen = [(*direction(name, model), (gate(scan) / resting(scan))[0].cpu(),
-                 changes(scan)[0].cpu()) for name, scan in list(scans.items())[-2:]]
+    seen = [(*direction(name, model), (gate(scan) / resting(scan))[0].detach().cpu(),
+             changes(scan)[0].cpu()) for name, scan in list(scans.items())[-2:]]
     length, figure, writer = len(seen[0][2]), Figure(figsize=(7, 4)), PillowWriter(fps=6)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as folder:
         whole = os.path.join(folder, "scan.gif")           # the writer wants a name that ends so
@@ -398,12 +398,16 @@ def keep(path, write, *arguments):
 
 def look_at_digits(args, device):
     """Figures of Δ on one digit and on a thousand, the animation, and results/delta.csv."""
-    models, paths = {}, find_classifiers(args)
+    models, paths, same = {}, find_classifiers(args), None
     for path in paths:
         trained, untrained, settings = load_classifier(path, device)
-        data = load_images(path, settings, args)
-        models["trained", settings["seed"]] = trained
-        models["untrained", settings["seed"]] = untrained
+        models["trained", path, settings["seed"]] = trained
+        models["untrained", path, settings["seed"]] = untrained
+        if (same or dict(settings, seed=0)) != dict(settings, seed=0):
+            raise UserError(f"{path} and {paths[0]} were trained with different settings: those "
+                            f"looked at together may differ in the seed alone")
+        same = dict(settings, seed=0)
+    data = load_images(path, settings, args)
     image, images = choose_digit(data, args.digit, args.index), data.test_images[:1000]
     image, images = image.to(device), images.to(device)
     trained, untrained = list(models.values())[:2]
@@ -421,7 +425,7 @@ def look_at_digits(args, device):
     keep(f"results/delta{data}.csv", write_rows, rows)
     keep(f"figures/delta_ink{data}.png", draw_ink, models, images, rows,
          f"{settings['dataset']}: the patches of {len(images):,} test digits; a line per model, "
-         f"seeds {', '.join(str(seed) for _, seed in list(models)[::2])}")
+         f"seeds {', '.join(str(seed) for *_, seed in list(models)[::2])}")
     keep(f"figures/delta_digit{which}.png", draw_digit, image,
          {"trained": trained, "untrained": untrained}, title)
     keep(f"figures/scan{which}.gif", animate, image, trained, title)
@@ -929,8 +933,13 @@ def look(args):
         check_writable(folder)
     # Under the price Δ sinks until numbers become denormal, and a CPU ten times as slow on them.
     torch.set_flush_denormal(True)
-    for task in dict.fromkeys(args.task):
-        TASKS[task](args, device)
+    try:
+        for task in dict.fromkeys(args.task):
+            TASKS[task](args, device)
+    except KeyboardInterrupt:
+        print(f"\nthe models that were finished are in {args.out}: --resume takes them",
+              file=sys.stderr)
+        raise
     return True
 
 
