@@ -367,11 +367,11 @@ def parameter_groups(model, weight_decay):
 
     A_log, D, biases, norms and tables of positions are scales and offsets, and zero is no natural
     value for them: decay on A_log would pull every A towards -1, and so the memories of all
-    channels towards one length.
+    channels towards one length. Nor is it for omega, the frequencies of rnn.py's S4.
     """
     decayed, spared = [], []
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and not name.endswith(("A_log", "position"))
+        matrix = parameter.ndim >= 2 and not name.endswith(("A_log", "omega", "position"))
         (decayed if matrix else spared).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay},
             {"params": spared, "weight_decay": 0.0}]

@@ -1,16 +1,37 @@
 """rnn.py: what came before: recurrences whose dynamics do not look at the input.
 
     h_t = tanh(W x_t + U h_{t-1} + b)             the vanilla RNN (Elman 1990)
+    h_t = Ā h_{t-1} + B̄ x_t,  y_t = Re(C h_t)     S4: linear, and the same at every token
 
-Beside S6: U is the same for every token, which can change what is kept only by saturating tanh; and
-with tanh between the steps, no prefix scan can compute them side by side. The gradient passes
-through U once per token, and fades or explodes with length.
+Take tanh away from the first, and what is left can be unrolled: y_t = Σ_k Re(C Ā^k B̄) x_{t-k}. The
+recurrence is a convolution with a kernel as long as the sequence, and one FFT computes it at all
+tokens at once. That is S4: trained as a convolution, and run as a recurrence. What makes its memory
+long is A: HiPPO gives the one that keeps the past of a signal as Legendre coefficients.
 
-Left out: gates (LSTM, GRU), the older answer to the same question. The time loop is PyTorch's own:
-a baseline is no part of what this project explains. test_scan.py holds it to the equation above.
-Read before: vision.py, whose ImageClassifier gives this body the same stem, pooling and head.
+S6 is the same recurrence again, with Δ, B and C made from x. So it can choose what to remember, and
+is a convolution no longer: that is why s6.py needs a scan.
+
+`python rnn.py` draws what HiPPO remembers (figures/hippo.png), and times the convolution beside the
+recurrence.
+
+Left out: gates (LSTM, GRU), and the low-rank part of HiPPO's matrix (see `diagonal_hippo`). The
+RNN's loop is PyTorch's own: test_scan.py holds it to the equation above.
+Symbols: the glossary of s6.py. Read before: vision.py, whose ImageClassifier gives these bodies the
+same stem, pooling and head. Read next: train_mnist.py.
+Sources: Gu et al. 2020, "HiPPO"; Gu, Goel & Ré 2022, "Efficiently Modeling Long Sequences with
+Structured State Spaces" (S4); Gu et al. 2022, "On the Parameterization and Initialization of
+Diagonal State Space Models" (S4D), sections 3 and 4.
 """
+import math
+import platform
+import time
+
+import numpy as np
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
+
+from s6 import prepare, publish, write_rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -32,3 +53,241 @@ class RNN(nn.Module):
 
     def forward(self, x):
         return self.rnn(x)[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# HiPPO: the matrix that remembers.
+
+def hippo(n):
+    """HiPPO-LegS: -> A (n, n), B (n,), float64. Raises ValueError for n < 1.
+
+    While x is read, h' = (A h + B x) / t keeps in h the coefficients of all of x so far in Legendre
+    polynomials, stretched over [0, t]: the best memory of n numbers, if all of the past counts the
+    same (HiPPO, theorem 2; the sign is that of S4). From n = 3:
+
+        A = -[[1, 0, 0], [√3, 2, 0], [√5, √15, 3]],  B = [1, √3, √5]
+    """
+    if n < 1:
+        raise ValueError(f"hippo: n must be 1 or more, got {n}")
+    root = np.sqrt(2 * np.arange(n) + 1.0)
+    return -np.tril(np.outer(root, root), -1) - np.diag(np.arange(1.0, n + 1)), root
+
+
+def memorize(x, n):
+    """HiPPO's state after each sample of x (l,): -> (l, n), by the bilinear rule.
+
+    h_k - h_{k-1} = (A (h_k + h_{k-1}) / 2 + B x_k) / k: step k of a clock that runs from 1 to l.
+    """
+    (A, B), h, states = hippo(n), np.zeros(n), []
+    for k, sample in enumerate(x, 1):
+        h = np.linalg.solve(np.eye(n) - A / (2 * k), (np.eye(n) + A / (2 * k)) @ h + B * sample / k)
+        states.append(h)
+    return np.array(states)
+
+
+def recall(h, points):
+    """The past that a state h (n,) of `memorize` holds, at points from 0 (first) to 1 (now)."""
+    return np.polynomial.legendre.legval(2 * points - 1, h * np.sqrt(2 * np.arange(len(h)) + 1))
+
+
+def diagonal_hippo(n):
+    """The normal part of HiPPO's matrix, in its eigenbasis: -> Λ, B, complex (n/2,), n even.
+
+    With P_k = √(k + 1/2), A + P Pᵀ = -1/2 + S, and S is skew-symmetric: its eigenvectors V are
+    orthogonal and its eigenvalues ± iω. So h' = A h + B x, without P Pᵀ and seen in that basis, is
+    n oscillators that fade alike, in pairs that mirror each other; one of each pair is enough.
+
+    S4 keeps P Pᵀ, at the price of a Cauchy kernel and the Woodbury identity. S4D found that without
+    it, and with B/2, the kernels are the same in the limit of large n, and the results as good.
+    Raises ValueError for an odd n.
+    """
+    if n % 2:
+        raise ValueError(f"diagonal_hippo: n must be even, got {n}")
+    A, B = hippo(n)
+    P = np.sqrt(np.arange(n) + 0.5)
+    S = A + np.outer(P, P) + 0.5 * np.eye(n)
+    omega, V = np.linalg.eigh(-1j * S)
+    pairs = omega > 0
+    return -0.5 + 1j * omega[pairs], (V.conj().T @ B / 2)[pairs]
+
+
+# --------------------------------------------------------------------------------------------------
+# S4: one recurrence, computed in two ways.
+
+class S4(nn.Module):
+    """x (b, l, d) -> y (b, l, d): each channel has a linear recurrence of its own, n numbers wide.
+
+    n real numbers are n/2 complex ones and their mirror images, which double the real part. Δ, A
+    and C are learned; B is HiPPO's, since the output depends on the product of B and C alone.
+    Raises ValueError for an odd n.
+    """
+
+    def __init__(self, d, n=64):
+        super().__init__()
+        A, B = diagonal_hippo(n)
+        dt = torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1))
+        self.log_dt = nn.Parameter(dt)                                         # Δ: 0.001 … 0.1
+        # Λ = -exp(A_log) + i ω: it stays left of zero, whatever the optimizer does.
+        self.A_log = nn.Parameter(torch.tensor(-A.real).float().log().repeat(d, 1))     # (d, n/2)
+        self.omega = nn.Parameter(torch.tensor(A.imag).float().repeat(d, 1))
+        self.register_buffer("B", torch.view_as_real(torch.tensor(B).to(torch.complex64)))
+        self.C = nn.Parameter(torch.randn(d, n // 2, 2) * 0.5 ** 0.5)
+        self.D = nn.Parameter(torch.ones(d))
+
+    def discretize(self):
+        """-> ΔΛ and B̄, (d, n/2) complex both. B̄ = (exp(ΔΛ) - 1)/Λ B: exact while x is held."""
+        A = torch.complex(-self.A_log.exp(), self.omega)
+        step = self.log_dt.exp().unsqueeze(1) * A
+        return step, torch.expm1(step) / A * torch.view_as_complex(self.B)
+
+    def forward(self, x, h=None, *, mode="convolution", return_state=False):
+        """x (b, l, d) -> y (b, l, d), and with return_state h after x, (b, d, n/2) complex.
+
+        h      the state to go on from, None for zero
+        mode   "convolution": all tokens at once, by FFT. "recurrence": one after the other. They
+               agree up to rounding; the first is for training, the second for one token at a time
+        Raises ValueError for another mode or shape.
+        """
+        if mode not in MODES:
+            raise ValueError(f"S4: mode must be one of {MODES}, got {mode!r}")
+        if x.ndim != 3 or x.shape[2] != len(self.D):
+            raise ValueError(f"S4: x must have shape (b, l, {len(self.D)}), got {tuple(x.shape)}")
+        y, h = (self._convolve if mode == "convolution" else self._recur)(x, h, return_state)
+        y = y + self.D * x
+        return (y, h) if return_state else y
+
+    def _recur(self, x, h, _):
+        step, B_bar = self.discretize()
+        A_bar, C, ys = step.exp(), torch.view_as_complex(self.C), []
+        h = 0 if h is None else h
+        for x_t in x.unbind(1):
+            h = A_bar * h + B_bar * x_t.unsqueeze(-1)                          # (b, d, n/2)
+            ys.append(2 * (C * h).sum(-1).real)                                # (b, d)
+        return torch.stack(ys, 1), h
+
+    def _convolve(self, x, h, return_state):
+        """y = K * x with K_k = 2 Re(C Ā^k B̄), by FFT: l log l instead of l²."""
+        l, x = x.shape[1], x.transpose(1, 2).contiguous()                      # (b, d, l)
+        step, B_bar = self.discretize()
+        time, C = torch.arange(l, device=x.device), torch.view_as_complex(self.C)
+        powers = torch.polar((step.real.unsqueeze(-1) * time).exp(),           # Ā^k, (d, n/2, l)
+                             step.imag.unsqueeze(-1) * time)
+        K = 2 * torch.matmul((C * B_bar).unsqueeze(1), powers).squeeze(1).real         # (d, l)
+        # As long again in zeros, or the end of the sequence would wrap around to its beginning.
+        y = torch.fft.irfft(torch.fft.rfft(x, 2 * l) * torch.fft.rfft(K, 2 * l), 2 * l)[..., :l]
+        if h is not None:                # y_t also hears the first state, as C Ā^{t+1} h
+            y = y + 2 * torch.einsum("bdn,dnl->bdl", C * step.exp() * h, powers).real
+        if return_state:                 # h_l = Ā^l h_0 + Σ_k Ā^{l-1-k} B̄ x_k
+            past = 0 if h is None else (step * l).exp() * h
+            h = past + B_bar * torch.einsum("bdl,dnl->bdn", x.to(powers.dtype), powers.flip(-1))
+        return y.transpose(1, 2), h
+
+
+MODES = ("convolution", "recurrence")
+
+
+class S4Block(nn.Module):
+    """x ↦ x + GLU(W GELU(S4(norm(x)))), (b, l, d_model) both: S4 mixes in time, W the channels."""
+
+    def __init__(self, d_model, n=64, dropout=0.0):
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.s4 = S4(d_model, n)
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(d_model, 2 * d_model)
+
+    def forward(self, x, h=None, *, mode="convolution", return_state=False):
+        """As S4's forward."""
+        out = self.s4(self.norm(x), h, mode=mode, return_state=return_state)
+        y, h = out if return_state else (out, None)
+        y = self.dropout(F.glu(self.out_proj(self.dropout(F.gelu(y)))))
+        return (x + y, h) if return_state else x + y
+
+
+class S4Stack(nn.Module):
+    """x (b, l, d_model) -> (b, l, d_model): blocks, one after the other."""
+
+    def __init__(self, d_model, layers=4, n=64, dropout=0.0):
+        super().__init__()
+        self.layers = nn.ModuleList(S4Block(d_model, n, dropout) for _ in range(layers))
+
+    def forward(self, x, states=None, *, mode="convolution", return_state=False):
+        """As S4's forward, with a list of one state per block."""
+        new = []
+        for layer, h in zip(self.layers, states or [None] * len(self.layers), strict=True):
+            out = layer(x, h, mode=mode, return_state=return_state)
+            x, h = out if return_state else (out, None)
+            new.append(h)
+        return (x, new) if return_state else x
+
+
+# --------------------------------------------------------------------------------------------------
+# `python rnn.py`: what HiPPO remembers, and what the convolution is worth.
+
+def _measure(layer, x, mode):
+    """Seconds of a training step: the fastest of as many as fit in two seconds, three at least."""
+    begin, times = time.perf_counter(), []
+    while len(times) < 3 or time.perf_counter() - begin < 2:
+        start = time.perf_counter()
+        layer(x, mode=mode).square().mean().backward()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def compare_modes():
+    """A table of training steps in both modes: -> rows."""
+    threads, rows = torch.get_num_threads(), []
+    print(f"torch {torch.__version__}, {platform.machine()}, {threads} threads\n"
+          f"S4, b = 64, d = 64, n = 64; forward and backward, ms\n")
+    print(f"{'length':>8s}" + "".join(f"{mode:>16s}" for mode in MODES) + f"{'ratio':>8s}")
+    layer = S4(64)
+    for l in (49, 196, 784):
+        x = torch.randn(64, l, 64)
+        seconds = {mode: _measure(layer, x, mode) for mode in MODES}
+        ratio = seconds["recurrence"] / seconds["convolution"]
+        print(f"{l:8d}" + "".join(f"{1e3 * s:16.1f}" for s in seconds.values()) + f"{ratio:8.1f}")
+        rows.append({"length": l, **{f"{mode}_ms": f"{1e3 * s:.2f}" for mode, s in seconds.items()},
+                     "ratio": f"{ratio:.1f}", "threads": threads, "torch": torch.__version__,
+                     "device": f"cpu {platform.machine()}", "command": "python rnn.py"})
+    return rows
+
+
+def signal(l):
+    """Something to remember: a sum of eight waves, 1 to 8 over the length, (l,)."""
+    random, time = np.random.default_rng(0), np.linspace(0, 1, l)
+    return sum(random.normal() * np.cos(2 * np.pi * (wave * time + random.random()))
+               for wave in range(1, 9))
+
+
+def draw_hippo(path, l=1000):
+    """Left: a signal, and what 8, 16 and 64 numbers recall of it. Right: the error over n."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2, width_ratios=(2, 1))
+    x, now = signal(l), (np.arange(l) + 0.5) / l
+    axes[0].plot(x, color="0.7", linewidth=4, label=f"the signal, {l:,} samples")
+    for n, color in ((8, "#1f77b4"), (16, "#ff7f0e"), (64, "#2ca02c")):
+        axes[0].plot(recall(memorize(x, n)[-1], now), color=color, linewidth=1.2,
+                     label=f"recalled from n = {n} numbers")
+    sizes = [2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64]
+    for read, style in ((l, "o-"), (l // 2, "o--")):
+        errors = [np.linalg.norm(recall(memorize(x[:read], n)[-1], (np.arange(read) + 0.5) / read)
+                                 - x[:read]) / np.linalg.norm(x[:read]) for n in sizes]
+        axes[1].semilogy(sizes, errors, style, color="black", label=f"after {read:,} samples")
+    axes[0].set(xlabel="sample", ylabel="value")
+    axes[1].set(xlabel="n: numbers in the state", ylabel="error of the recalled past, relative")
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def main():
+    """The table of both modes, results/s4_modes.csv, and figures/hippo.png."""
+    prepare()
+    publish("figures/hippo.png", draw_hippo)
+    publish("results/s4_modes.csv", write_rows, compare_modes())
+
+
+if __name__ == "__main__":
+    main()

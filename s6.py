@@ -524,12 +524,7 @@ def _measure(way, inputs):
 
 def main():
     """Time, memory and error over length: a table, results/scan_scaling.csv, and the figure."""
-    try:
-        for folder in ("results", "figures"):
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise SystemExit(f"s6.py: cannot write here ({error}): run it in a folder of your own")
+    prepare()
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {platform.machine()}, {threads} threads; "
           f"b = 1, d = 128, n = 16; forward and backward\n")
@@ -552,14 +547,32 @@ def main():
                          "error": error, "threads": threads, "device": f"cpu {platform.machine()}",
                          "torch": torch.__version__, "command": "python s6.py"})
     print("\nerror: of y, largest over largest value, against the definition in float64")
-    for path, write in (("results/scan_scaling.csv", _write_rows),
-                        ("figures/scan_scaling.png", _draw)):
-        write(path + ".part", rows)
-        os.replace(path + ".part", path)         # it appears whole or not at all
-        print(f"wrote {path}")
+    publish("results/scan_scaling.csv", write_rows, rows)
+    publish("figures/scan_scaling.png", _draw, rows)
 
 
-def _write_rows(path, rows):
+def prepare():
+    """Make the folders for results, or end with one line that says why that cannot be."""
+    try:
+        for folder in ("results", "figures"):
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SystemExit(f"cannot write here ({error}): run this in a folder of your own")
+
+
+def publish(path, write, *arguments):
+    """Call write(a temporary path, *arguments); then path appears, whole or not at all."""
+    try:
+        write(path + ".part", *arguments)
+        os.replace(path + ".part", path)
+    except OSError as error:
+        raise SystemExit(f"cannot write {path} ({error}): is the disk full?")
+    print(f"wrote {path}")
+
+
+def write_rows(path, rows):
+    """A CSV file of dictionaries that have the same keys."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()

@@ -2,7 +2,7 @@
 
     python train_mnist.py                    the bidirectional Vision Mamba, 5 epochs: 99.46 % after
                                              18 minutes on one core
-    python train_mnist.py --model causal     or rnn
+    python train_mnist.py --model causal     or s4, or rnn
     python train_mnist.py --quick            a first look in under a minute
     python train_mnist.py --compare          every model, three seeds: the README's table, figures
     python train_mnist.py --resume           go on after Ctrl-C, on a CPU to the same weights
@@ -28,7 +28,6 @@ Read before: vision.py and rnn.py. Read next: train_shakespeare.py.
 import argparse
 import contextlib
 import copy
-import csv
 import hashlib
 import math
 import os
@@ -47,10 +46,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from block import parameter_groups
-from rnn import RNN
+from rnn import RNN, S4Stack
+from s6 import write_rows
 from vision import FUSIONS, POOLS, STEMS, ImageClassifier, VisionMamba
 
-MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "rnn": "#7f7f7f"}     # name: colour
+MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c", "rnn": "#7f7f7f"}
 
 # What decides the outcome of a run, besides the data: a checkpoint goes on under the same only.
 SETTINGS = ("model", "seed", "epochs", "batch", "lr", "weight_decay", "average", "d_model",
@@ -318,6 +318,8 @@ def build(settings):
     d_model, layers, hidden = settings["d_model"], settings["layers"], settings["hidden"]
     if settings["model"] == "rnn":
         return ImageClassifier(RNN(d_model, hidden, layers), d_model, hidden, **frame)
+    if settings["model"] == "s4":        # two of its blocks cost what one of Mamba's does
+        return ImageClassifier(S4Stack(d_model, 2 * layers, n=92), d_model, d_model, **frame)
     return VisionMamba(d_model, layers, direction=settings["model"], fuse=settings["fuse"], **frame)
 
 
@@ -651,13 +653,6 @@ def compare(settings, seeds, data, device, out, resume):
     print(f"\nwrote results/{name}.csv, figures/{name}_loss.png, figures/{name}_accuracy.png\n")
     print_table(rows)
     return True
-
-
-def write_rows(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def mean_sd(values, sign="", digits=2):

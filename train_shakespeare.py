@@ -38,9 +38,10 @@ import torch
 import torch.nn.functional as F
 
 from block import MambaLM, State, generate
+from s6 import write_rows
 from train_mnist import (RANK, Trainer, UserError, begun, check_writable, choose_device, describe,
                          first_line, flags, gather, guard, impatience, join, mean_sd, number,
-                         read_checkpoint, results_name, run, share, write_atomically, write_rows)
+                         read_checkpoint, results_name, run, share, write_atomically)
 
 SETTINGS = ("seed", "epochs", "batch", "block", "lr", "weight_decay", "average", "forget",
             "d_model", "layers")

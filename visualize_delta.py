@@ -46,10 +46,9 @@ import torch.nn.functional as F
 import train_mnist
 from block import MambaLM
 from rnn import RNN
-from s6 import S6
+from s6 import S6, write_rows
 from train_mnist import (UserError, check_writable, choose_device, describe, first_line, guard,
-                         load_data, mean_sd, normalize, number, read_checkpoint, write_atomically,
-                         write_rows)
+                         load_data, mean_sd, normalize, number, read_checkpoint, write_atomically)
 from vision import DIRECTIONS
 
 FLOOR = 1e-9         # a Δ below this counts as this: over a million tokens, it forgets a thousandth
