@@ -529,6 +529,10 @@ def test_all_models_have_one_budget():
     print(f"    parameters: {counts}")
     assert counts["bidirectional"] == counts["causal"] <= 100_000
     assert all(abs(count / counts["causal"] - 1) < 0.0101 for count in counts.values())
+    counts = {name: sum(p.numel() for p in visualize_delta.build(name, 0).parameters())
+              for name in visualize_delta.MODELS}
+    print(f"    of the needle: {counts}")
+    assert max(counts.values()) <= 75_000 and max(counts.values()) < 1.01 * min(counts.values())
 
 
 def language_model():
@@ -895,6 +899,9 @@ def test_the_change_of_h_is_the_difference_of_two_states():
     x = torch.randn(2, 9, 8)
     with watch(layer) as scans:
         layer(x)
+    with contextlib.suppress(ZeroDivisionError), watch(layer):
+        1 / 0
+    assert not layer._forward_pre_hooks and not layer.dt_proj._forward_hooks
     states = [layer(x[:, :t], return_state=True)[1] for t in range(1, 10)]
     states = torch.stack([torch.zeros_like(states[0]), *states], 1)            # (b, l+1, d, n)
     exact = states.diff(dim=1).flatten(2).norm(dim=2)
@@ -941,13 +948,109 @@ def test_a_haystack_read_in_pieces_is_the_whole():
     torch.manual_seed(0)
     answers = torch.arange(4)
     for name in ("priced", "rnn"):
-        model = visualize_delta.build(name, 18)
+        model = visualize_delta.build(name, 0)
         whole, pieces = (haystacks(300, 60 * answers, answers, torch.Generator(), piece)
                          for piece in (None, 64))
         whole = torch.cat(list(pieces), 1), *whole
         logits = visualize_delta.read(model, whole[0].split(64, 1), CPU)
         allow(f"{name}: logits after 300 tokens, in pieces of 64",
               error(logits, model(whole[0])[:, -1, :16]), 1e-5)
+
+
+def test_a_classifier_is_read_with_its_averaged_weights_and_its_own_control():
+    """Catches: the weights before averaging, a control from another seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "a.pt")
+        trainer, fresh = (ImageTrainer(small(epochs=1), digits(), CPU) for _ in range(2))
+        quietly(train_mnist.fit, trainer, path)
+        trained, untrained, _ = visualize_delta.load_classifier(path, CPU)
+        for what, ours, exact in (("trained", trained, trainer.average),
+                                  ("untrained", untrained, fresh.model)):
+            equal(what, *(torch.cat([p.detach().flatten() for p in model.parameters()])
+                          for model in (ours, exact)))
+
+
+def test_delta_lies_on_the_image_where_its_token_was_read():
+    """Catches: a scan drawn upside down, ink compared with the token after instead of before."""
+    torch.manual_seed(0)
+    model = VisionMamba(16, 2, stem="patch").eval()
+    black, spot = torch.zeros(2, 1, 1, 28, 28, dtype=torch.uint8).unbind(0)
+    spot[..., 8:12, 12:16] = 255                   # the patch in row 2, column 3
+    before, after = (visualize_delta.read_images(model, image) for image in (black, spot))
+    for scan, backward in list(before)[:2]:
+        grids = [visualize_delta.on_grid(r[scan, backward][0], backward) for r in (before, after)]
+        changed = (grids[0] != grids[1]).nonzero().tolist()
+        print(f"    {scan}: one patch of ink changes Δ at {changed}")
+        assert changed == [[2, column] for column in (range(4) if backward else range(3, 7))]
+    ink = torch.rand(3, 49)
+    late = visualize_delta.Reading("trained", "", 0, "", F.pad(ink, (2, 0))[:, :49], {"ink": ink})
+    rows = [row for row in visualize_delta.correlate([late]) if not row["place_removed"]]
+    print(f"    Δ that is the ink two tokens back: {[row['rank_correlation'] for row in rows]}")
+    assert rows[2]["rank_correlation"] == "1.000" and float(rows[0]["rank_correlation"]) < 0.5
+
+
+def test_the_needle_is_taught_at_growing_lengths_and_the_price_comes_last():
+    """Catches: a curriculum that stays at 8, a price from the first step, or on every model."""
+    for name in ("priced", "unpriced"):
+        calls = []
+
+        def learn(model, optimizer, tokens, answers, price):
+            calls.append((tokens.shape[1], price))
+            return 0.04
+
+        with replaced(visualize_delta, "learn", learn):
+            model = visualize_delta.build(name, 0)
+            (longest, _) = quietly(visualize_delta.teach_needle, model, name, 0, CPU, 60, 512)
+        lengths, prices = zip(*calls)
+        assert lengths[:6] == (8, 16, 32, 64, 128, 256) and longest == 256
+        assert set(lengths[6:]) == {8, 16, 32, 64, 128, 256} and not any(prices[:6])
+        assert set(prices[6:]) == {0.01 if name == "priced" else 0.0}
+    model = visualize_delta.build("priced", 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tokens, _, answers = visualize_delta.random_needles(8, 16, torch.Generator())
+    means = []
+    for _ in range(3):
+        with watch(model) as scans:
+            visualize_delta.learn(model, optimizer, tokens, answers[:, None], price=10.0)
+        means.append(sum(scan.delta.log().mean().item() for scan in scans.values()))
+    print(f"    mean log Δ under a price: {means}")
+    assert means[0] > means[1] > means[2]
+
+
+def test_the_numbers_at_the_needle_are_those_worked_out_by_hand():
+    """Catches: a window that is off, the question counted in, depths upside down."""
+    tokens = torch.tensor([[1, 2, 16, 5, 3, 3, 3, 4, 4, 4, 16]])
+    delta = torch.tensor([[2., 2, 4, 6, 2, 2, 2, 2, 2, 2, 90]])
+    moves = torch.tensor([[1., 1, 5, 5, 5, 5, 5, 1, 1, 1, 90]])
+    module = visualize_delta
+    with replaced(module, "random_needles", lambda *_: (tokens, torch.tensor([2]), None)), \
+            replaced(module, "gate", lambda _: delta), replaced(module, "changes", lambda _: moves):
+        rows = module.gates_at_needles(module.build("unpriced", 0), "unpriced", 0, CPU, 1, 11)
+    row = rows[0]
+    print(f"    {row}")
+    assert row["delta_at_needle"] == "6" and row["needle_over_median"] == "3"
+    assert row["share_of_change_percent"] == f"{100 * 25 / 30:.1f}"
+    grid = module.depth_grid([torch.arange(64) < 8, torch.arange(64) < 16])
+    assert grid.tolist() == [100, 50, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_model_that_was_taught_is_taken_as_it_is():
+    """Catches: --resume that trains again, or forgets the weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        def nudge(model, *_, steps):
+            with torch.no_grad():
+                model.head.bias.add_(1.0)
+            return 8
+
+        def never(*_, steps):
+            raise AssertionError("taught again")
+
+        first, resume = (visualize_delta.parse(["--out", folder] + flags)
+                         for flags in ([], ["--resume"]))
+        taught, facts = visualize_delta.obtain(first, "needle", "rnn", 0, CPU, nudge, steps=1)
+        model, again = visualize_delta.obtain(resume, "needle", "rnn", 0, CPU, never, steps=1)
+        equal("the weights", model.head.bias, taught.head.bias)
+        assert facts == again and facts["taught_up_to"] == 8
 
 
 def test_a_rank_correlation_shares_ranks_and_a_scan_lies_on_the_image_as_it_reads():
@@ -967,7 +1070,7 @@ def test_the_pictures_of_delta_are_drawn_from_end_to_end():
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            ImageTrainer(small(), digits(), CPU).save("a.pt")
+            quietly(train_mnist.fit, ImageTrainer(small(epochs=1), digits(), CPU), "a.pt")
             with replaced(visualize_delta, "load_data", lambda *_: digits()), \
                     replaced(visualize_delta, "QUICK", (4, 256, 7)):
                 for flags in (tiny, tiny + ["--resume"]):
@@ -982,8 +1085,8 @@ def test_the_pictures_of_delta_are_drawn_from_end_to_end():
     print(f"    {found}")
     assert models == ["model", "untrained", "untrained", "priced", "priced"]
     assert found == ["a.pt", "copying-32-quick-fixed-seed0.pt",
-                     "copying-32-quick-unpriced-seed0.pt", "copying-quick.csv",
-                     "copying-quick.png", "delta-synthetic-digits.csv",
+                     "copying-32-quick-unpriced-seed0.pt", "copying-length-32-quick.csv",
+                     "copying-length-32-quick.png", "delta-synthetic-digits.csv",
                      "delta_digit-synthetic-digits.png", "delta_ink-synthetic-digits.png",
                      "needle-quick-priced-seed0.pt", "needle-quick.csv", "needle_delta-quick.csv",
                      "needle_delta-quick.png", "needle_grid-quick.png", "needle_lengths-quick.png",
@@ -1110,22 +1213,35 @@ def test_what_delta_cannot_be_read_from_is_named():
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "a.pt")
         raises(["no checkpoint", "--checkpoint"], lambda: look("--checkpoint", path), UserError)
-        ImageTrainer(small(), digits(), CPU).save(path)
+        trainer = ImageTrainer(small(), digits(), CPU)
+        trainer.save(path)
+        raises([path, "not at its end"], lambda: look("--checkpoint", path), UserError)
+        trainer.scores = [0.0, 0.0]
+        trainer.save(path)
         raises([path, "synthetic-digits", "--data real"],
                lambda: look("--checkpoint", path, "--data", "real"), UserError)
         other = os.path.join(folder, "b.pt")
-        ImageTrainer(small(model="causal"), digits(), CPU).save(other)
-        raises([path, other, "seed alone"], lambda: look("--checkpoint", path, other), UserError)
+        trainer = ImageTrainer(small(model="causal"), digits(), CPU)
+        trainer.scores = [0.0, 0.0]
+        trainer.save(other)
+        raises([path, other, "model", "seed alone"],
+               lambda: look("--checkpoint", path, other), UserError)
         count = (digits().test_labels == 7).sum().item()
         raises(["--index", f"0 … {count - 1}"],
                lambda: look("--checkpoint", path, "--index", str(count)), UserError)
         for trainer in (ImageTrainer(small(model="rnn"), digits(), CPU), text_trainer()):
             trainer.save(path)
             raises([path, "no Vision Mamba"], lambda: look("--checkpoint", path), UserError)
+        whole = train_mnist.read_checkpoint(other)
+        for change in ({"average": []}, {"average": {}}, {"scores": None},
+                       {"settings": {**whole["settings"], "d_model": "wide"}}):
+            torch.save({**whole, **change}, path)
+            raises([path, "another version"], lambda: look("--checkpoint", path), UserError)
         args = visualize_delta.parse(["--resume", "--out", folder])
-        for steps, words in ((3, None), (3, None), (4, ["[3]", "[4]", "--resume"])):
+        for steps, words in ((3, None), (4, ["another steps", "--resume"])):
             def obtain():
-                return visualize_delta.obtain(args, "needle", "rnn", 0, CPU, lambda *_: None, steps)
+                return visualize_delta.obtain(args, "needle", "rnn", 0, CPU, lambda *_, steps: 8,
+                                              steps=steps)
             raises(words, obtain, UserError) if words else obtain()
 
 

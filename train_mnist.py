@@ -323,6 +323,12 @@ def build(settings):
     return VisionMamba(d_model, layers, direction=settings["model"], fuse=settings["fuse"], **frame)
 
 
+def seed_for(seed, what, number=0):
+    """A seed for one purpose. Hashed, since PyTorch reads no more than 32 bits of a seed."""
+    text = f"{seed} {what} {number}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
 class Trainer:
     """One model in training: its weights, their average, the optimizer, and how far it has come.
 
@@ -356,9 +362,8 @@ class Trainer:
         self.machine = {"device": describe(device), "torch": str(torch.__version__)}
 
     def draw(self, what, number=0):
-        """A seed for one purpose. Hashed, since PyTorch reads no more than 32 bits of a seed."""
-        text = f"{self.settings['seed']} {what} {number}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        """The seed of this run for one purpose."""
+        return seed_for(self.settings["seed"], what, number)
 
     def parameters(self):
         return sum(p.numel() for p in self.model.parameters())
@@ -798,7 +803,7 @@ def guard(script, job):
     for stream in (sys.stdout, sys.stderr):      # a Windows log may know neither ± nor ×
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    try:
+    try:                                         # a wrong flag or --help ends the program in there
         return 0 if job() else 130
     except UserError as error:
         print(f"\n{script}: {error}", file=sys.stderr)
@@ -828,8 +833,7 @@ def train(args):
 
 
 def main(arguments=None):
-    args = parse(arguments)
-    return guard("train_mnist.py", lambda: train(args))
+    return guard("train_mnist.py", lambda: train(parse(arguments)))
 
 
 if __name__ == "__main__":

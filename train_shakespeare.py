@@ -23,7 +23,7 @@ learning by heart is the danger. Expect 1.42 nats streaming, after 23 minutes on
 `Trainer` and what is around it come from train_mnist.py: also the average of the weights, which is
 what is measured and what writes. No network and no file: the help texts of Python itself stand in
 for Shakespeare, and are announced and labelled so.
-Read before: block.py, train_mnist.py.
+Read before: block.py, train_mnist.py. Read next: visualize_delta.py.
 """
 import argparse
 import hashlib
@@ -470,9 +470,12 @@ def train(args):
 
 
 def main(arguments=None):
-    args = parse(arguments)
-    job = benchmark if args.benchmark else train if args.generate is None else write_text
-    return guard("train_shakespeare.py", lambda: job(args))
+    def job():
+        args = parse(arguments)
+        chosen = benchmark if args.benchmark else train if args.generate is None else write_text
+        return chosen(args)
+
+    return guard("train_shakespeare.py", job)
 
 
 if __name__ == "__main__":

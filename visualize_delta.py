@@ -8,28 +8,30 @@
     python visualize_delta.py --task copying      16 symbols, scattered among 256 tokens
     python visualize_delta.py --quick             a first look in under a minute
     python visualize_delta.py --seeds 0 1 2       the README's tables and figures
-    python visualize_delta.py --resume            take what is trained already, and only draw
+    python visualize_delta.py --resume            take the models that are trained already
 
 The claim: Δ is the gate by which a selective model decides what to write into its state. A picture
 alone proves nothing, so each claim has a control: the same model before its first training step,
 or with its selection switched off, on the same scale.
 
 Digits. Δ of every scan of the Vision Mamba of train_mnist.py, and its rank correlation with the ink
-and with the edges of 1,000 test digits.
+and the edges of 1,000 test digits. Expect no Δ that is large on a stroke, but one that is large two
+tokens behind it: that far the convolution looks back.
 
 Needle. The induction heads of the paper (section 4.1.2): among noise stands a marker, and after it
 the symbol to remember, until the marker comes again. It is learned at lengths up to 256 and asked
 up to a million, in constant memory. A model that solves 256 leaks a little at every noise token.
 There its loss is zero, and nothing pushes the leak further down; but at length 4,096 it tells. So
-one model also pays for what it writes: its loss is that of the task + 0.01 · mean log(Δ + 1e-9).
+one model, once it solves 256, also pays for what it writes: to its loss is added
+0.01 · mean log(Δ + 1e-9).
 
 Left out: a text. What Δ does on characters is a question for train_shakespeare.py's model.
 Read before: vision.py and train_mnist.py, whose model and helpers this file uses.
 """
 import argparse
 import contextlib
+import copy
 import glob
-import hashlib
 import itertools
 import math
 import os
@@ -38,6 +40,7 @@ import sys
 import tempfile
 import time
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -51,7 +54,8 @@ from train_mnist import (UserError, check_writable, choose_device, describe, fir
                          load_data, mean_sd, normalize, number, read_checkpoint, write_atomically)
 from vision import DIRECTIONS
 
-FLOOR = 1e-9         # a Δ below this counts as this: over a million tokens, it forgets a thousandth
+FLOOR = 1e-9         # a Δ under this counts as this: where A = -1, a million of them forget 0.1 %
+LAYERS = ("#17becf", "#e377c2")          # colours of the first and second layer, or scan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,10 +112,12 @@ def changes(scan):
 
 
 def switch_off(model, what):
-    """Take the selection out of a model for good: -> the model, of the same size and cost.
+    """Take the selection out of a model for good: -> the model, of the same shape and cost.
 
-    "delta"   dt_proj is shown zeros: Δ = softplus(bias) at every token. B and C still look
-    "all"     x_proj is shown ones: Δ, B and C are learned, and the same at every token
+    "delta"   dt_proj is shown zeros: Δ = softplus(bias) at every token, B and C still look. The
+              weight of dt_proj is idle
+    "all"     x_proj is shown ones: Δ, B and C are learned, and the same at every token. Of the
+              weight of x_proj, only the sums of its rows count
     """
     def constant(_, inputs):
         return torch.zeros_like(inputs[0]) if what == "delta" else torch.ones_like(inputs[0])
@@ -131,7 +137,7 @@ def find_classifiers(args):
     if args.checkpoint:
         return args.checkpoint
     names = ["mnist"] * (args.data != "synthetic") + ["synthetic-digits"] * (args.data != "real")
-    for name in [name + quick for quick in ("", "-quick")[args.quick:] for name in names]:
+    for name in [name + quick for quick in ("", "-quick") for name in names]:
         start = os.path.join(args.out, f"{name}-bidirectional-seed")
         paths = sorted(glob.glob(glob.escape(start) + "*.pt"))
         if paths:
@@ -142,27 +148,32 @@ def find_classifiers(args):
              args.data_dir, "--out", args.out, "--device", args.device]
     if not train_mnist.train(train_mnist.parse(flags)):
         raise KeyboardInterrupt
-    return find_classifiers(argparse.Namespace(**{**vars(args), "quick": True}))
+    return find_classifiers(args)
 
 
 def load_classifier(path, device):
-    """-> the averaged model of a checkpoint, the same one before training, and its settings.
+    """-> the averaged model of a checkpoint, the same before its first step, and its settings.
 
-    Raises UserError if the file holds no Vision Mamba of train_mnist.py.
+    Raises UserError if the file holds no Vision Mamba of train_mnist.py, trained to its end.
     """
     other = "name another one with --checkpoint, or train one by python train_mnist.py"
     state = read_checkpoint(path, other)
     settings = state["settings"]
-    if settings.get("model") not in DIRECTIONS or "dataset" not in settings:
+    if settings.get("model") not in DIRECTIONS or not isinstance(settings.get("dataset"), str):
         raise UserError(f"{path} holds no Vision Mamba of train_mnist.py, but "
                         f"{settings.get('model', 'another model')}: {other}")
-    torch.manual_seed(settings["seed"])
     try:
-        trained, untrained = train_mnist.build(settings), train_mnist.build(settings)
+        torch.manual_seed(train_mnist.seed_for(settings["seed"], "weights"))
+        untrained = train_mnist.build(settings)
+        trained = copy.deepcopy(untrained)
         trained.load_state_dict(state["average"])
-    except (KeyError, RuntimeError, ValueError) as error:
+        missing = settings["epochs"] - len(state["scores"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} was made by another version of the model ({first_line(error)}): "
                         f"{other}") from None
+    if missing:
+        raise UserError(f"the training in {path} is not at its end: go on with python "
+                        f"train_mnist.py --resume, or {other}")
     return trained.to(device).eval(), untrained.to(device).eval(), settings
 
 
@@ -189,10 +200,14 @@ def direction(name, model):
 
 @torch.no_grad()
 def read_images(model, images):
-    """Δ over its resting value, as each scan reads: images uint8 (b, 1, h, w) -> {scan: (b, l)}."""
+    """Δ over its resting value, as each scan reads: images uint8 (b, 1, h, w) -> {scan: (b, l)}.
+
+    A scan is its name, and whether it runs backward.
+    """
     with watch(model) as scans:
         model(normalize(images))
-    return {direction(name, model): gate(scan) / resting(scan) for name, scan in scans.items()}
+    return {direction(name, model): (gate(scan) / resting(scan)).cpu()
+            for name, scan in scans.items()}
 
 
 def choose_digit(data, digit, index):
@@ -207,7 +222,7 @@ def choose_digit(data, digit, index):
 def on_grid(tokens, backward):
     """(l,) as a scan reads -> (side, side) as the image lies, for a square image."""
     tokens = tokens.flip(0) if backward else tokens
-    return tokens.view(math.isqrt(len(tokens)), -1).cpu()
+    return tokens.view(math.isqrt(len(tokens)), -1)
 
 
 def gate_scale(ratios):
@@ -216,14 +231,15 @@ def gate_scale(ratios):
     return TwoSlopeNorm(1, 0, max(1.01, *(ratio.max().item() for ratio in ratios)))
 
 
-def draw_digit(path, image, models, title):
-    """Δ of every scan over the digit's outline; trained above, untrained below, on one scale."""
+def draw_digit(path, pixels, gates, title):
+    """Δ of every scan over the digit's outline; trained above, untrained below, on one scale.
+
+    pixels (h, w); gates {"trained": what read_images gave for this one image, "untrained": …}
+    """
     from matplotlib.figure import Figure
-    gates = {name: read_images(model, image) for name, model in models.items()}
     norm = gate_scale(t for scans in gates.values() for t in scans.values())
     figure = Figure(figsize=(2.2 * len(gates["trained"]) + 2.8, 4.6), layout="constrained")
-    axes = figure.subplots(2, len(gates["trained"]) + 1)
-    pixels, side = image[0, 0].cpu(), image.shape[-1]
+    axes, side = figure.subplots(2, len(gates["trained"]) + 1), len(pixels)
     for row, (name, scans) in zip(axes, gates.items()):
         row[0].imshow(pixels, cmap="gray_r", extent=(0, side, side, 0))
         row[0].set_ylabel(name, fontsize=12)
@@ -244,7 +260,7 @@ def draw_digit(path, image, models, title):
 
 def ink_and_edges(images, l):
     """Of each patch, (b, l): its mean brightness, and the mean slope of brightness per pixel."""
-    pixels = images.float() / 255
+    pixels = images.float().cpu() / 255
     down, right = torch.gradient(pixels, dim=(2, 3))
     patch = images.shape[-1] // math.isqrt(l)
     return {"ink": F.avg_pool2d(pixels, patch).flatten(1),
@@ -263,35 +279,60 @@ def rank_correlation(a, b):
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-9)
 
 
-def correlate(models, images):
+class Reading(NamedTuple):
+    """What one scan of one model made of many images, and what was there, in its order."""
+    model: str               # trained or untrained
+    checkpoint: str
+    seed: int
+    scan: str
+    ratio: torch.Tensor      # (b, l) Δ over its resting value
+    strengths: dict          # ink and edges, (b, l) each
+
+
+BACK = range(6)      # a scan is compared with what it reads now, and up to five tokens earlier
+LOOKS = {"trained": "#d62728", "untrained": "#7f7f7f"}
+
+
+def read_all(models, images):
+    """[(checkpoint, seed, trained, untrained)], images -> a Reading for each scan of each model."""
+    for path, seed, *pair in models:
+        for name, model in zip(LOOKS, pair):
+            for (scan, backward), ratio in read_images(model, images).items():
+                strengths = {what: t.flip(1) if backward else t
+                             for what, t in ink_and_edges(images, ratio.shape[1]).items()}
+                yield Reading(name, path, seed, scan, ratio, strengths)
+
+
+def shifted(reading, what, back):
+    """Δ of each token, and what was there `back` tokens earlier, (b, l - back) both."""
+    strength = reading.strengths[what]
+    return reading.ratio[:, back:], strength[:, :strength.shape[1] - back]
+
+
+def correlate(readings):
     """Rank correlations of Δ with ink and edges, digit by digit: -> rows for results/delta.csv.
 
     tokens_back      0: of the patch itself. The convolution shows a scan the three tokens before as
                      well, so Δ may also answer to ink that was read a little earlier
     place_removed    ink is mostly in the middle, and Δ may depend on the place alone. Here Δ, ink
                      and edges are taken less their mean at this place over all digits
-    low, high        the 95 % interval of the mean over the digits
+    low, high        the 95 % interval of the mean over the digits; seeds differ by much more
+    largest          Δ over its resting value, its 99th percentile over patches and digits
     """
     rows = []
-    for (name, path, seed), model in models.items():
-        for (scan, backward), ratio in read_images(model, images).items():
-            for what, strength in ink_and_edges(images, ratio.shape[1]).items():
-                strength = strength.flip(1) if backward else strength
-                for back, removed in itertools.product(BACK, (False, True)):
-                    a, b = ratio[:, back:], strength[:, :strength.shape[1] - back]
-                    if removed:
-                        a, b = a - a.mean(0), b - b.mean(0)
-                    rho = rank_correlation(a, b)
-                    mean, half = rho.mean().item(), 1.96 * rho.std().item() / len(rho) ** 0.5
-                    rows.append({"model": name, "checkpoint": path, "seed": seed, "scan": scan,
-                                 "with": what, "tokens_back": back, "place_removed": removed,
-                                 "rank_correlation": f"{mean:.3f}", "low": f"{mean - half:.3f}",
-                                 "high": f"{mean + half:.3f}", "digits": len(images)})
+    for r, back, removed in itertools.product(readings, BACK, (False, True)):
+        for what in r.strengths:
+            a, b = shifted(r, what, back)
+            if removed:
+                a, b = a - a.mean(0), b - b.mean(0)
+            rho = rank_correlation(a, b)
+            mean, half = rho.mean().item(), 1.96 * rho.std().item() / len(rho) ** 0.5
+            rows.append({"model": r.model, "checkpoint": r.checkpoint, "seed": r.seed,
+                         "scan": r.scan, "with": what, "tokens_back": back,
+                         "place_removed": removed, "rank_correlation": f"{mean:.3f}",
+                         "low": f"{mean - half:.3f}", "high": f"{mean + half:.3f}",
+                         "largest": f"{r.ratio.quantile(0.99):.3f}", "digits": len(rho)})
     return rows
-
-
-BACK = range(6)      # a scan is compared with what it reads now, and up to five tokens earlier
-LOOKS = {"trained": "#d62728", "untrained": "#7f7f7f"}
 
 
 def bins(x, y, count=8):
@@ -302,39 +343,41 @@ def bins(x, y, count=8):
     return torch.tensor([[x[g].mean(), y[g].mean()] for g in groups]).T
 
 
-def draw_ink(file, models, images, rows, title):
+def draw_ink(path, readings, rows, title):
     """A column per scan: Δ over ink and over edges, and their rank correlation over tokens back."""
     from matplotlib.figure import Figure
-    scans = list(dict.fromkeys(row["scan"] for row in rows))
+    scans = list(dict.fromkeys(r.scan for r in readings))
     figure = Figure(figsize=(2.9 * len(scans) + 0.6, 8), layout="constrained")
     axes = figure.subplots(3, len(scans), sharex="row", sharey="row", squeeze=False)
-    for (name, path, _), model in models.items():
-        for i, ((scan, backward), ratio) in enumerate(read_images(model, images).items()):
-            for ax, strength in zip(axes[:, i], ink_and_edges(images, ratio.shape[1]).values()):
-                strength = strength.flip(1) if backward else strength
-                for back, style in ((0, ":"), (2, "-")):
-                    b = strength[:, :strength.shape[1] - back].flatten()
-                    ax.plot(*bins(b, ratio[:, back:].flatten()), style, color=LOOKS[name],
-                            label=f"{name}, {f'ink {back} tokens back' if back else 'its own ink'}"
-                            if path == rows[0]["checkpoint"] else None)
+    for r in readings:
+        column, color = axes[:, scans.index(r.scan)], LOOKS[r.model]
+        named = r.checkpoint == readings[0].checkpoint
+        for ax, what, style in zip(column, r.strengths, ("-", "--")):
+            for back, dots in ((0, ":"), (2, "-")):
+                ratio, strength = shifted(r, what, back)
+                where = f"{back} tokens back" if back else "of its own patch"
+                ax.plot(*bins(strength.flatten(), ratio.flatten()), dots, color=color,
+                        label=f"{r.model}, {where}" if named else None)
             chosen = [row for row in rows if not row["place_removed"] and (row["model"], row[
-                "checkpoint"], row["scan"], row["with"]) == (name, path, scan, "ink")]
+                "checkpoint"], row["scan"], row["with"]) == (r.model, r.checkpoint, r.scan, what)]
             rho, low, high = ([float(row[key]) for row in chosen]
                               for key in ("rank_correlation", "low", "high"))
-            axes[2, i].plot(BACK, rho, color=LOOKS[name])
-            axes[2, i].fill_between(BACK, low, high, color=LOOKS[name], alpha=0.3, linewidth=0)
-            axes[2, i].axhline(0, color="black", linewidth=0.8)
-            axes[0, i].set_title(scan)
+            column[2].plot(BACK, rho, style, color=color,
+                           label=f"{r.model}, with {what}" if named else None)
+            column[2].fill_between(BACK, low, high, color=color, alpha=0.3, linewidth=0)
+        column[2].axhline(0, color="black", linewidth=0.8)
+        column[0].set_title(r.scan)
     for row, label in zip(axes, ("ink: mean brightness, 0 … 1", "edges: mean slope per pixel",
                                  "tokens back")):
+        row[0].set_ylabel("Δ / its resting value")
         for ax in row:
             ax.set_xlabel(label)
             ax.grid(alpha=0.3)
-        row[0].set_ylabel("Δ / its resting value")
-    axes[2, 0].set_ylabel("rank correlation of Δ and ink")
+    axes[2, 0].set_ylabel("rank correlation with Δ")
     axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[2, -1].legend(frameon=False, fontsize=7)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(file, dpi=110, format="png")
+    figure.savefig(path, dpi=110, format="png")
 
 
 def draw_frame(figure, pixels, seen, step):
@@ -352,7 +395,7 @@ def draw_frame(figure, pixels, seen, step):
     below = figure.add_axes((0.1, 0.12, 0.81, 0.21))
     axes[0].imshow(pixels, cmap="gray_r", extent=(0, size, size, 0))
     axes[0].set_title(f"after {step} of {length} tokens", fontsize=9)
-    for ax, color, (label, backward, delta, moves) in zip(axes[1:], ("#1f77b4", "#d62728"), seen):
+    for ax, color, (label, backward, delta, moves) in zip(axes[1:], LAYERS, seen):
         place = length - step if backward else step - 1
         axes[0].add_patch(Rectangle((place % side * patch, place // side * patch), patch, patch,
                                     fill=False, edgecolor=color, linewidth=2.5))
@@ -370,80 +413,81 @@ def draw_frame(figure, pixels, seen, step):
     below.grid(alpha=0.3)
 
 
-def animate(path, image, model, title):
-    """The digit, read by both scans of the last layer: Δ and the change of h as they happen."""
+def animate(path, pixels, seen, title):
+    """The digit, read by both scans of a layer: Δ and the change of h as they happen."""
     from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
-    with watch(model) as scans, torch.no_grad():
-        model(normalize(image))
-    seen = [(*direction(name, model), (gate(scan) / resting(scan))[0].detach().cpu(),
-             changes(scan)[0].cpu()) for name, scan in list(scans.items())[-2:]]
     length, figure, writer = len(seen[0][2]), Figure(figsize=(7, 4)), PillowWriter(fps=6)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as folder:
         whole = os.path.join(folder, "scan.gif")           # the writer wants a name that ends so
         with writer.saving(figure, whole, dpi=80):
             for step in [*range(1, length + 1)] + [length] * 9:
-                draw_frame(figure, image[0, 0].cpu(), seen, step)
+                draw_frame(figure, pixels, seen, step)
                 figure.suptitle(title, fontsize=10)
                 writer.grab_frame()
         os.replace(whole, path)
 
 
-def keep(path, write, *arguments):
-    """Call write(a temporary path, *arguments), then move what it wrote to path, and say so."""
-    write_atomically(path, lambda part: write(part, *arguments))
-    print(f"wrote {path}", flush=True)
+def load_classifiers(paths, device):
+    """-> [(checkpoint, seed, trained, untrained)], and the settings, which differ in seed alone."""
+    models, first = [], None
+    for path in paths:
+        trained, untrained, settings = load_classifier(path, device)
+        first = first or settings
+        other = [key for key in settings if settings[key] != first.get(key) and key != "seed"]
+        if other:
+            raise UserError(f"{path} and {paths[0]} differ in {', '.join(other)}, and those looked "
+                            f"at together may differ in the seed alone: choose with --checkpoint")
+        models.append((path, settings["seed"], trained, untrained))
+    return models, first
 
 
 def look_at_digits(args, device):
     """Figures of Δ on one digit and on a thousand, the animation, and results/delta.csv."""
-    models, paths, same = {}, find_classifiers(args), None
-    for path in paths:
-        trained, untrained, settings = load_classifier(path, device)
-        models["trained", path, settings["seed"]] = trained
-        models["untrained", path, settings["seed"]] = untrained
-        if (same or dict(settings, seed=0)) != dict(settings, seed=0):
-            raise UserError(f"{path} and {paths[0]} were trained with different settings: those "
-                            f"looked at together may differ in the seed alone")
-        same = dict(settings, seed=0)
-    data = load_images(path, settings, args)
-    image, images = choose_digit(data, args.digit, args.index), data.test_images[:1000]
-    image, images = image.to(device), images.to(device)
-    trained, untrained = list(models.values())[:2]
-    answer = trained(normalize(image)).argmax(1).item()
+    paths = find_classifiers(args)
+    models, settings = load_classifiers(paths, device)
+    data = load_images(paths[0], settings, args)
+    image = choose_digit(data, args.digit, args.index).to(device)
+    (_, _, trained, untrained), pixels = models[0], image[0, 0].cpu()
+    with watch(trained) as scans, torch.no_grad():
+        answer = trained(normalize(image)).argmax(1).item()
+    seen = [(*direction(name, trained), (gate(scan) / resting(scan))[0].detach().cpu(),
+             changes(scan)[0].cpu()) for name, scan in list(scans.items())[-2:]]
+    gates = {"trained": read_images(trained, image), "untrained": read_images(untrained, image)}
     title = (f"{settings['dataset']}, test image {args.index} of digit {args.digit}; the model "
              f"says {answer}")
-    print(f"{title}\nfrom {', '.join(paths)}", flush=True)
-    data = "" if settings["dataset"] == "mnist" else "-" + settings["dataset"]
-    which = data + f"-{args.digit}-{args.index}" * ((args.digit, args.index) != (7, 0))
-    rows = correlate(models, images)
+    print(f"digits: {title}\nfrom {', '.join(paths)}", flush=True)
+    readings = list(read_all(models, data.test_images[:1000].to(device)))
+    rows = correlate(readings)
     for row in rows:
-        row.update(dataset=settings["dataset"], device=describe(device), torch=torch.__version__,
+        row.update(direction=settings["model"], dataset=settings["dataset"],
+                   device=describe(device), torch=str(torch.__version__),
                    command="python visualize_delta.py --task digits --checkpoint "
                            + " ".join(map(shlex.quote, paths)))
-    keep(f"results/delta{data}.csv", write_rows, rows)
-    keep(f"figures/delta_ink{data}.png", draw_ink, models, images, rows,
-         f"{settings['dataset']}: the patches of {len(images):,} test digits; a line per model, "
-         f"seeds {', '.join(str(seed) for *_, seed in list(models)[::2])}")
-    keep(f"figures/delta_digit{which}.png", draw_digit, image,
-         {"trained": trained, "untrained": untrained}, title)
-    keep(f"figures/scan{which}.gif", animate, image, trained, title)
+    name = f"-{settings['dataset']}" * (settings["dataset"] != "mnist")
+    name += "-causal" * (settings["model"] == "causal")
+    which = name + f"-{args.digit}-{args.index}" * ((args.digit, args.index) != (7, 0))
+    keep(f"results/delta{name}.csv", write_rows, rows)
+    keep(f"figures/delta_ink{name}.png", draw_ink, readings, rows,
+         f"{settings['dataset']}: the patches of {rows[0]['digits']:,} test digits; a line per "
+         f"model, seeds {', '.join(str(seed) for _, seed, *_ in models)}")
+    keep(f"figures/delta_digit{which}.png", draw_digit, pixels, gates, title)
+    keep(f"figures/scan{which}.gif", animate, pixels, seen, title)
     print_correlations(rows)
 
 
 def print_correlations(rows):
-    """The README's table: with ink, as seen, the mean over the seeds and the lowest and highest."""
-    print("\nrank correlation of Δ with the ink read some tokens back: mean (lowest … highest)\n\n"
-          "| scan | model | " + " | ".join(map(str, BACK)) + " |")
-    print("|---" * (2 + len(BACK)) + "|")
-    for scan, name in itertools.product(dict.fromkeys(row["scan"] for row in rows), LOOKS):
-        cells = []
-        for back in BACK:
-            rho = [float(row["rank_correlation"]) for row in rows if not row["place_removed"] and (
-                row["scan"], row["model"], row["with"], row["tokens_back"]) == (
-                scan, name, "ink", back)]
-            cells.append(f"{sum(rho) / len(rho):.2f} ({min(rho):.2f} … {max(rho):.2f})")
-        print(f"| {scan} | {name} | " + " | ".join(cells) + " |")
+    """The README's table: with the ink, the mean over the models and the lowest and highest."""
+    def cell(*key):
+        rho = [float(row["rank_correlation"]) for row in rows if key == (
+            row["scan"], row["model"], row["with"], row["tokens_back"], row["place_removed"])]
+        return f"{sum(rho) / len(rho):.2f} ({min(rho):.2f} … {max(rho):.2f})"
+
+    print("\nrank correlation of Δ with the ink read so many tokens back: mean (lowest … highest)")
+    print_table(["scan", "model", *map(str, BACK), "2, place removed"],
+                [[scan, name, *(cell(scan, name, "ink", back, False) for back in BACK),
+                  cell(scan, name, "ink", 2, True)]
+                 for scan, name in dict.fromkeys((r["scan"], r["model"]) for r in rows)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -475,25 +519,26 @@ class RNNLM(nn.Module):
         return (self.head(y), states) if return_state else self.head(y)
 
 
-def build(name, vocabulary):
+def build(name, seed):
     """The model of that name, with its first weights: 66,000 parameters."""
+    torch.manual_seed(seed)
     if name == "rnn":
-        return RNNLM(vocabulary)
-    model = MambaLM(vocabulary, d_model=64, layers=2)
+        return RNNLM(ASK + 1)
+    model = MambaLM(ASK + 1, d_model=64, layers=2)
     off = {"fixed-delta": "delta", "fixed": "all"}
     return switch_off(model, off[name]) if name in off else model
 
 
-def generator(*what):
+def generator(seed, what, number=0):
     """Random numbers for one purpose, the same in every run."""
-    digest = hashlib.sha256(" ".join(map(str, what)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    return torch.Generator().manual_seed(train_mnist.seed_for(seed, what, number))
 
 
 def learn(model, optimizer, tokens, answers, price=0.0):
     """One step on tokens (b, l), whose last answers.shape[1] places ask for answers: -> the loss.
 
-    The loss of the task is returned, and that of the task + price · mean log(Δ + FLOOR) reduced.
+    Returned is the loss of the task; reduced is that of the task + price · mean log(Δ + FLOOR).
+    Raises UserError if it is not finite.
     """
     with watch(model) as scans:
         logits = model(tokens)[:, -answers.shape[1]:, :SYMBOLS]
@@ -501,6 +546,8 @@ def learn(model, optimizer, tokens, answers, price=0.0):
     if price:
         loss = task + price * torch.stack([(scan.delta + FLOOR).log().mean()
                                            for scan in scans.values()]).mean()
+    if not math.isfinite(loss.item()):
+        raise UserError(f"the loss became {loss.item():.3g}: try other --seeds")
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -508,33 +555,36 @@ def learn(model, optimizer, tokens, answers, price=0.0):
     return task.item()
 
 
-def obtain(args, task, name, seed, device, teach, *recipe):
-    """The model of that name, taught now, or with --resume by an earlier run: -> model, seconds.
+def obtain(args, task, name, seed, device, teach, **recipe):
+    """The model of that name, taught now, or with --resume by an earlier run: -> model, facts.
 
-    teach is called with model, name, seed, device, *recipe
+    teach(model, name, seed, device, **recipe) -> the greatest length that it came to
+    facts    what every row about this model says
     """
     path = os.path.join(args.out, f"{task}{'-quick' * args.quick}-{name}-seed{seed}.pt")
-    settings = {"task": task, "name": name, "seed": seed, "recipe": list(recipe)}
-    torch.manual_seed(seed)
-    model = build(name, ASK + 1).to(device)
+    settings, model = {"model": name, "seed": seed, **recipe}, build(name, seed).to(device)
     if args.resume and os.path.exists(path):
         state = read_checkpoint(path)
-        if state["settings"] != settings:
-            raise UserError(f"{path} was made with another recipe (steps and lengths "
-                            f"{state['settings'].get('recipe')}, now {list(recipe)}): start "
-                            f"without --resume")
+        other = [key for key in settings if state["settings"].get(key) != settings[key]]
+        if other:
+            raise UserError(f"{path} was made with another {', '.join(other)}: start without "
+                            f"--resume")
         try:
             model.load_state_dict(state["weights"])
-            return model, state["seconds"]
-        except (KeyError, RuntimeError) as error:
+            return model, state["facts"]
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise UserError(f"{path} was made by another version of the model "
                             f"({first_line(error)}): start without --resume") from None
+    if not args.resume:
+        train_mnist.set_aside(path)
     start = time.perf_counter()
-    teach(model, name, seed, device, *recipe)
-    seconds = time.perf_counter() - start
-    state = {"settings": settings, "weights": model.state_dict(), "seconds": seconds}
+    length = teach(model, name, seed, device, **recipe)
+    facts = {"params": sum(p.numel() for p in model.parameters()), "steps": recipe["steps"],
+             "taught_up_to": length, "training_seconds": f"{time.perf_counter() - start:.0f}",
+             "device": describe(device), "torch": str(torch.__version__)}
+    state = {"settings": settings, "weights": model.state_dict(), "facts": facts}
     write_atomically(path, lambda part: torch.save(state, part))
-    return model, seconds
+    return model, facts
 
 
 def progress(text, last=False):
@@ -545,12 +595,59 @@ def progress(text, last=False):
         print(f"  {text}", flush=True)
 
 
+@torch.no_grad()
+def along(model, tokens):
+    """Δ and change of h at each token of one sequence, tokens (1, l): -> two lists of (l,) a layer.
+
+    What is under FLOOR is set to FLOOR, for the sake of a logarithmic axis.
+    """
+    with watch(model) as scans:
+        model(tokens)
+    return [[values(scan)[0].cpu().clamp(min=FLOOR) for scan in scans.values()]
+            for values in (gate, changes)]
+
+
+def draw_along(path, panels, marks, marked, title):
+    """A column per model: above Δ, below the change of h; panels {name: what `along` gave}."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(3.1 * len(panels) + 0.6, 5), layout="constrained")
+    axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
+    for column, (name, curves) in zip(axes.T, panels.items()):
+        for ax, layers in zip(column, curves):
+            for layer, (values, color) in enumerate(zip(layers, LAYERS), 1):
+                ax.plot(values, color=color, linewidth=1, alpha=0.8, label=f"layer {layer}")
+            for i, place in enumerate(marks):
+                ax.axvline(place, color="#ffd92f", linewidth=3, zorder=0,
+                           label=None if i else marked)
+            ax.set_yscale("log")
+            ax.grid(alpha=0.3)
+        column[0].set_title(MODELS[name][1] if name in MODELS else name, fontsize=10)
+        column[1].set_xlabel("token")
+    axes[0, 0].set_ylabel("Δ, mean over channels")
+    axes[1, 0].set_ylabel("change of h, ‖h_t - h_{t-1}‖")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{title}; what is under {FLOOR:.0e} is drawn there", fontsize=10)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def print_table(head, rows):
+    """A table in Markdown, as it stands in the README."""
+    print("\n" + "\n".join("| " + " | ".join(row) + " |"
+                           for row in (head, ["---"] * len(head), *rows)), flush=True)
+
+
+def print_result(row):
+    print("RESULT " + " ".join(f"{key}={value}" for key, value in row.items()
+                               if key not in ("device", "torch", "command")), flush=True)
+
+
 # --------------------------------------------------------------------------------------------------
 # A needle in a haystack: a marker, then the symbol to remember, and the marker again at the end.
 
-TRAINED = (8, 16, 32, 64, 128, 256)      # lengths in training
+TAUGHT = (8, 16, 32, 64, 128, 256)       # lengths in training
 FULL, QUICK = (600, 4096, 20), (300, 2048, 12)     # steps, tokens a step, log₂ of greatest length
 PIECE = 2 ** 14                          # tokens that are evaluated at a time
+NEAR = 5             # the marker, its symbol, and three tokens: so far the convolution sees them
 
 
 def haystacks(length, places, answers, random, piece=None):
@@ -575,20 +672,25 @@ def random_needles(count, length, random):
     return next(haystacks(length, places, answers, random)), places, answers
 
 
-def teach_needle(model, name, seed, device, steps, batch):
-    """The length doubles when the loss falls under 0.05; after 256, lengths are drawn at random."""
+def teach_needle(model, name, seed, device, steps, tokens_per_step):
+    """The length doubles when the loss falls under 0.05: -> the greatest one that was solved.
+
+    After 256, lengths are drawn at random, so that none is forgotten; and only then is there a
+    price, for the model that pays one.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0)
-    random, level = generator("needle", seed), 0
+    random, level = generator(seed, "needle"), 0
     for step in range(1, steps + 1):
-        last = level == len(TRAINED)
-        length = TRAINED[int(torch.randint(level, (), generator=random)) if last else level]
-        tokens, _, answers = random_needles(batch // length, length, random)
+        last = level == len(TAUGHT)
+        length = TAUGHT[int(torch.randint(level, (), generator=random)) if last else level]
+        tokens, _, answers = random_needles(tokens_per_step // length, length, random)
         loss = learn(model, optimizer, tokens.to(device), answers[:, None].to(device),
                      0.01 if last and name == "priced" else 0.0)
         level += not last and loss < 0.05
-        if step % 10 == 0:
+        if step % 10 == 0 or step == steps:
             progress(f"{name} seed {seed}  step {step}/{steps}  length {length}  loss {loss:.4f}",
                      step == steps)
+    return TAUGHT[level - 1] if level else 0
 
 
 @torch.inference_mode()
@@ -606,16 +708,16 @@ def read(model, pieces, device):
 def find_needles(model, length, count, seed, device):
     """Whether needles at evenly spaced depths are found, the earliest first: -> bool (count,)."""
     places = ((torch.arange(count) + 0.5) / count * (length - 2)).long()
-    random = generator("haystacks", length, seed)
+    random = generator(seed, "haystacks", length)
     answers = torch.randint(SYMBOLS, (count,), generator=random)
     pieces = haystacks(length, places, answers, random, max(1, PIECE // count))
     return read(model, pieces, device).argmax(-1) == answers
 
 
-def ask_at_all_lengths(model, name, seed, longest, device, row):
+def ask_at_all_lengths(model, name, seed, longest, device, facts):
     """Rows for results/needle.csv, and what was found: [(length, bool (haystacks,))].
 
-    A model that has fallen to guessing, under 20 %, is not asked at greater lengths.
+    A model that finds less than 20 % is guessing, and is not asked at greater lengths.
     """
     rows, found = [], []
     for length in (2 ** i for i in range(6, longest + 1)):
@@ -624,125 +726,89 @@ def ask_at_all_lengths(model, name, seed, longest, device, row):
         seconds, accuracy = time.perf_counter() - start, 100 * right.float().mean().item()
         found.append((length, right))
         rows.append({"model": name, "seed": seed, "length": length, "haystacks": count,
-                     "accuracy": f"{accuracy:.1f}", "seconds": f"{seconds:.1f}", **row})
-        progress(f"{name} seed {seed}  length {length:,}  {accuracy:.1f} % of {count}  "
+                     "accuracy": f"{accuracy:.1f}", "seconds": f"{seconds:.1f}", **facts})
+        progress(f"{name} seed {seed}  length {length:,}  {accuracy:.1f} % of {count} found  "
                  f"{seconds:.0f} s", length == 2 ** longest or accuracy < 20)
         if accuracy < 20:
             break
+    print_result(rows[-1])
     return rows, found
 
 
 @torch.no_grad()
-def gates_at_needles(model, seed, device, count=100, length=1024):
-    """Δ at the needle over its median elsewhere, and the needle's share of all change of h.
+def gates_at_needles(model, name, seed, device, count=100, length=1024):
+    """How the gates stand at the needle and elsewhere: -> rows for results/needle_delta.csv.
 
-    -> {layer: (ratios (count,), shares (count,))}. At the needle is the largest of marker, symbol
-    and the three tokens after, in which the convolution still sees them. A Δ under FLOOR counts as
-    FLOOR. The question at the end is left out.
+    At the needle is the largest Δ of the NEAR tokens that see it, elsewhere the median of the
+    others, and the ratio counts a Δ under FLOOR as FLOOR. The question at the end is left out.
+    share_of_change_percent: how much of Σ ‖h_t - h_{t-1}‖ falls to those NEAR tokens.
     """
-    tokens, places, _ = random_needles(count, length, generator("gates", seed))
+    tokens, places, _ = random_needles(count, length, generator(seed, "gates"))
     with watch(model) as scans:
         model(tokens.to(device))
     distance = torch.arange(length - 1) - places[:, None]                      # (count, l-1)
-    near, result = (distance >= 0) & (distance < 5), {}
+    near, rows = (distance >= 0) & (distance < NEAR), []
     for layer, scan in enumerate(scans.values(), 1):
-        delta, moves = gate(scan)[:, :-1].cpu().clamp(min=FLOOR), changes(scan)[:, :-1].cpu()
+        delta, moves = gate(scan)[:, :-1].cpu(), changes(scan)[:, :-1].cpu()
+        there = delta.masked_fill(~near, 0).amax(1)                            # (count,)
         elsewhere = delta.masked_fill(near, math.nan).nanmedian(1).values
-        result[layer] = (delta.masked_fill(~near, 0).amax(1) / elsewhere,
-                         100 * (moves * near).sum(1) / moves.sum(1))
-    return result
-
-
-def gate_rows(name, model, seed, device, row):
-    """Rows for results/needle_delta.csv."""
-    rows = []
-    for layer, (ratios, shares) in gates_at_needles(model, seed, device).items():
-        low, middle, high = ratios.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
-        rows.append({"model": name, "seed": seed, "layer": layer, "haystacks": len(ratios),
-                     "needle_over_median": f"{middle:.4g}", "lowest_5_percent": f"{low:.4g}",
-                     "highest_5_percent": f"{high:.4g}",
-                     "share_of_change_percent": f"{shares.mean().item():.1f}", **row})
+        ratio = there.clamp(min=FLOOR) / elsewhere.clamp(min=FLOOR)
+        low, high = ratio.quantile(torch.tensor([0.05, 0.95])).tolist()
+        share = (moves * near).sum() / moves.sum()
+        rows.append({"model": name, "seed": seed, "layer": layer, "haystacks": count,
+                     "delta_at_needle": f"{there.median():.3g}",
+                     "delta_elsewhere": f"{elsewhere.median():.3g}",
+                     "needle_over_median": f"{ratio.median():.4g}",
+                     "quantile_5": f"{low:.4g}", "quantile_95": f"{high:.4g}",
+                     "share_of_change_percent": f"{100 * share:.1f}"
+                     if moves.sum() / count > FLOOR else ""})          # the layer is shut
     return rows
 
 
-def draw_haystack(path, models, seed, device, length=1024):
-    """Δ of each layer, and change of h, along one haystack: a column per model."""
-    from matplotlib.figure import Figure
-    place = torch.tensor([length // 3])
-    random = generator("one haystack", seed)
-    tokens = next(haystacks(length, place, torch.tensor([7]), random)).to(device)
-    figure = Figure(figsize=(3.1 * len(models) + 0.6, 5), layout="constrained")
-    axes = figure.subplots(2, len(models), sharex=True, sharey="row", squeeze=False)
-    for column, (name, model) in zip(axes.T, models.items()):
-        with watch(model) as scans, torch.no_grad():
-            model(tokens)
-        for layer, (scan, color) in enumerate(zip(scans.values(), ("#1f77b4", "#d62728")), 1):
-            for ax, values in zip(column, (gate(scan)[0], changes(scan)[0])):
-                ax.plot(values.cpu().clamp(min=FLOOR), color=color, linewidth=1, alpha=0.8,
-                        label=f"layer {layer}")
-        for ax in column:
-            ax.axvspan(place.item() - 8, place.item() + 8, color="#ffd92f", alpha=0.5, linewidth=0,
-                       zorder=0, label="needle")
-            ax.set_yscale("log")
-            ax.grid(alpha=0.3)
-        column[0].set_title(MODELS[name][1] if name in MODELS else name, fontsize=10)
-        column[1].set_xlabel("token")
-    axes[0, 0].set_ylabel("Δ, mean over channels")
-    axes[1, 0].set_ylabel("change of h, ‖h_t - h_{t-1}‖")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"one haystack; what is under {FLOOR:.0e} is drawn there", fontsize=10)
-    figure.savefig(path, dpi=110, format="png")
-
-
 def draw_lengths(path, found):
-    """Accuracy over length: a line per model, mean of its seeds, band from lowest to highest."""
+    """Needles found over length: a line per model and seed."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4.2), layout="constrained")
-    ax = figure.subplots()
-    for name, (color, words) in MODELS.items():
-        by_length = {}
-        for (model, _), pairs in found.items():
-            for length, right in pairs if model == name else ():
-                by_length.setdefault(length, []).append(100 * right.float().mean().item())
-        if by_length:
-            ax.plot(list(by_length), [sum(v) / len(v) for v in by_length.values()], "o-",
-                    color=color, label=words, markersize=4)
-            ax.fill_between(list(by_length), [min(v) for v in by_length.values()],
-                            [max(v) for v in by_length.values()], color=color, alpha=0.2,
-                            linewidth=0)
+    ax, named = figure.subplots(), set()
+    for (name, _), pairs in found.items():
+        color, words = MODELS[name]
+        ax.plot(*zip(*[(length, 100 * right.float().mean()) for length, right in pairs]), "o-",
+                color=color, alpha=0.7, markersize=4, label=None if name in named else words)
+        named.add(name)
     ax.set_xscale("log", base=2)
-    ax.axvspan(2 ** 6, TRAINED[-1], color="0.9", zorder=0, label="lengths of the training")
+    ax.axvspan(2 ** 6, TAUGHT[-1], color="0.9", zorder=0, label="lengths of the training")
     ax.axhline(100 / SYMBOLS, color="black", linestyle=":", linewidth=1, label="guessing")
     ax.set(xlabel="length of the haystack (tokens)", ylabel="needles found (%)", ylim=(-3, 103))
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(seed for _, seed in found))
-    ax.set_title(f"seeds {seeds}: mean, lowest and highest", fontsize=10)
+    ax.set_title(f"a line per model and seed ({seeds})", fontsize=10)
     figure.savefig(path, dpi=110, format="png")
 
 
-def draw_grid(path, found, longest, depths=8):
-    """The share of needles found, by depth of the needle and length of the haystack."""
+def depth_grid(rights, depths=8):
+    """[bool (haystacks,)] a seed -> percent found by depth, (depths,), the earliest first."""
+    parts = torch.stack(rights).float().mean(0).tensor_split(depths)
+    return 100 * torch.stack([part.mean() for part in parts])
+
+
+def draw_grid(path, found, longest):
+    """Needles found by depth and by length; white where not every seed was asked."""
     from matplotlib.figure import Figure
     names = list(dict.fromkeys(name for name, _ in found))
     figure = Figure(figsize=(2.9 * len(names) + 1, 3.2), layout="constrained")
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for ax, name in zip(axes, names):
-        grid = torch.full((depths, longest - 5), math.nan)
-        for length in (2 ** i for i in range(6, longest + 1)):
-            rights = [right for (model, _), pairs in found.items() for asked, right in pairs
-                      if (model, asked) == (name, length)]
-            if rights:
-                parts = torch.stack(rights).float().mean(0).tensor_split(depths)
-                grid[:, int(math.log2(length)) - 6] = torch.stack([p.mean() for p in parts])
-        shown = ax.imshow(100 * grid, cmap="RdYlBu", vmin=0, vmax=100, aspect="auto",
+        runs = [dict(pairs) for (model, _), pairs in found.items() if model == name]
+        columns = [depth_grid([run[2 ** i] for run in runs]) if all(2 ** i in run for run in runs)
+                   else torch.full((8,), math.nan) for i in range(6, longest + 1)]
+        shown = ax.imshow(torch.stack(columns, 1), cmap="RdYlBu", vmin=0, vmax=100, aspect="auto",
                           extent=(5.5, longest + 0.5, 100, 0))
-        ax.set_facecolor("0.85")
         ax.set_title(MODELS[name][1], fontsize=9)
         ax.set_xlabel("length, tokens")
         ax.set_xticks(range(6, longest + 1, 4), [f"$2^{{{i}}}$" for i in range(6, longest + 1, 4)])
     axes[0].set_ylabel("depth of the needle (%)")
-    figure.colorbar(shown, ax=axes, label="found (%); gray: not asked")
+    figure.colorbar(shown, ax=axes, label="found (%)")
     figure.savefig(path, dpi=110, format="png")
 
 
@@ -751,50 +817,55 @@ def look_for_needles(args, device):
     names, quick = (["priced"], "-quick") if args.quick else (list(MODELS), "")
     steps, batch, longest = QUICK if args.quick else FULL
     print(f"needle: 2 layers, d_model 64, {steps} steps of {batch} tokens, lengths up to "
-          f"{TRAINED[-1]}; loss of a blind guess ln {SYMBOLS} = {math.log(SYMBOLS):.4f}; "
-          f"{describe(device)}, torch {torch.__version__}", flush=True)
-    rows, gates, found, shown = [], [], {}, {}
+          f"{TAUGHT[-1]}; loss of a blind guess ln {SYMBOLS} = {math.log(SYMBOLS):.4f}; "
+          f"seeds {args.seeds}; {describe(device)}, torch {torch.__version__}", flush=True)
+    rows, gates, found, first = [], [], {}, {}
     for seed in dict.fromkeys(args.seeds):
-        torch.manual_seed(seed)
-        untrained = build("unpriced", ASK + 1).to(device)
-        common = {"device": describe(device), "torch": torch.__version__,
-                  "command": f"python visualize_delta.py --task needle --seeds {seed}"
-                             + " --quick" * args.quick}
-        gates += gate_rows("untrained", untrained, seed, device, common)
-        shown.setdefault("untrained", untrained)
-        for name in names:
-            model, seconds = obtain(args, "needle", name, seed, device, teach_needle, steps, batch)
-            size = {"params": sum(p.numel() for p in model.parameters()), "steps": steps,
-                    "training_seconds": f"{seconds:.0f}", **common}
-            new, found[name, seed] = ask_at_all_lengths(model, name, seed, longest, device, size)
-            rows += new
+        for name in ["untrained"] + names:
+            if name == "untrained":
+                model = build("unpriced", seed).to(device)
+            else:
+                model, facts = obtain(args, "needle", name, seed, device, teach_needle,
+                                      steps=steps, tokens_per_step=batch)
+                new, found[name, seed] = ask_at_all_lengths(model, name, seed, longest, device,
+                                                            facts)
+                rows += new
             if name != "rnn":
-                gates += gate_rows(name, model, seed, device, common)
-                shown.setdefault(name, model)
+                gates += gates_at_needles(model, name, seed, device)
+                first.setdefault(name, model)
+        for row in (row for row in rows + gates if row["seed"] == seed):
+            row["command"] = (f"python visualize_delta.py --task needle --seeds {seed}"
+                              + " --quick" * args.quick)
+    place, seed = 341, args.seeds[0]
+    tokens = next(haystacks(1024, torch.tensor([place]), torch.tensor([7]),
+                            generator(seed, "one haystack"))).to(device)
+    panels = {name: along(model, tokens) for name, model in first.items()}
     keep(f"results/needle{quick}.csv", write_rows, rows)
     keep(f"results/needle_delta{quick}.csv", write_rows, gates)
-    keep(f"figures/needle_delta{quick}.png", draw_haystack, shown, args.seeds[0], device)
+    keep(f"figures/needle_delta{quick}.png", draw_along, panels, [place + 1], "needle",
+         f"one haystack, seed {seed}")
     keep(f"figures/needle_lengths{quick}.png", draw_lengths, found)
     keep(f"figures/needle_grid{quick}.png", draw_grid, found, longest)
-    print_needles(rows, gates)
+    print_needles(rows, gates, len(set(args.seeds)))
 
 
-def print_needles(rows, gates):
-    """The README's tables."""
+def print_needles(rows, gates, seeds):
+    """The README's tables. A length that not every seed was asked at stays empty."""
+    def cell(name, length):
+        values = [float(row["accuracy"]) for row in rows
+                  if (row["model"], row["length"]) == (name, length)]
+        return mean_sd(values, digits=1) if len(values) == seeds else "–"
+
     lengths = list(dict.fromkeys(row["length"] for row in rows))[::2]
-    print("\n| needles found, % | " + " | ".join(f"{length:,}" for length in lengths) + " |\n"
-          + "|---" * (1 + len(lengths)) + "|")
-    for name in dict.fromkeys(row["model"] for row in rows):
-        cells = [[float(row["accuracy"]) for row in rows
-                  if (row["model"], row["length"]) == (name, length)] for length in lengths]
-        print(f"| {MODELS[name][1]} | "
-              + " | ".join(mean_sd(cell, digits=1) if cell else "–" for cell in cells) + " |")
-    print("\n| model | seed | layer | Δ at the needle / median (5 … 95 %) | share of change, % |\n"
-          "|---|---|---|---|---|")
-    for row in gates:
-        print(f"| {row['model']} | {row['seed']} | {row['layer']} | {row['needle_over_median']} "
-              f"({row['lowest_5_percent']} … {row['highest_5_percent']}) | "
-              f"{row['share_of_change_percent']} |")
+    print_table(["needles found, %", *(f"{length:,}" for length in lengths)],
+                [[MODELS[name][1], *(cell(name, length) for length in lengths)]
+                 for name in dict.fromkeys(row["model"] for row in rows)])
+    print_table(["model", "seed", "layer", "Δ at the needle", "Δ elsewhere",
+                 "ratio (5 … 95 % of the haystacks)", "share of the change of h, %"],
+                [[row["model"], str(row["seed"]), str(row["layer"]), row["delta_at_needle"],
+                  row["delta_elsewhere"], f"{row['needle_over_median']} ({row['quantile_5']} … "
+                  f"{row['quantile_95']})", row["share_of_change_percent"] or "–"]
+                 for row in gates])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -813,25 +884,26 @@ def scattered(count, length, random):
 
 
 def teach_copying(model, name, seed, device, steps, length):
-    """The length grows from 16 (no blanks) in the middle of the training; cosine learning rate."""
+    """From 30 % to 70 % of the steps the length grows from 16 (no blanks): -> the last length."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
-    random = generator("copying", seed)
+    random = generator(seed, "copying")
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = train_mnist.learning_rate(step, steps, 1e-2)
+            group["lr"] = train_mnist.learning_rate(step - 1, steps, 1e-2)
         grown = min(1.0, max(0.0, (step / steps - 0.3) / 0.4))
         now = COPIED + round((length - COPIED) * grown)
         tokens, _, symbols = scattered(max(4, 4096 // (now + COPIED)), now, random)
         loss = learn(model, optimizer, tokens.to(device), symbols.to(device))
-        if step % 10 == 0:
+        if step % 10 == 0 or step == steps:
             progress(f"{name} seed {seed}  step {step}/{steps}  length {now}  loss {loss:.4f}",
                      step == steps)
+    return now
 
 
 @torch.inference_mode()
 def copied(model, length, seed, device, count=1024):
     """Which symbols are repeated rightly: bool (count, COPIED)."""
-    random, right = generator("copied", length, seed), []
+    random, right = generator(seed, "copied", length), []
     for _ in range(0, count, 16):
         tokens, _, symbols = scattered(16, length, random)
         logits = model(tokens.to(device))[:, -COPIED:, :SYMBOLS]
@@ -841,63 +913,45 @@ def copied(model, length, seed, device, count=1024):
 
 def look_at_copying(args, device):
     """Selection on and off side by side: results/copying.csv and a figure."""
-    steps, length = (60, 32) if args.quick else (2500, args.length)
-    suffix = "-quick" if args.quick else "" if length == 256 else f"-length-{length}"
-    print(f"copying: {COPIED} symbols among {length} tokens, {steps} steps", flush=True)
-    rows, shown = [], {}
+    steps, length = (60 if args.quick else 2500), args.length or (32 if args.quick else 256)
+    suffix = f"-length-{length}" * (length != 256) + "-quick" * args.quick
+    print(f"copying: {COPIED} symbols among {length} tokens, {steps} steps; seeds {args.seeds}; "
+          f"{describe(device)}, torch {torch.__version__}", flush=True)
+    rows, first = [], {"untrained": build("unpriced", args.seeds[0]).to(device)}
     for seed in dict.fromkeys(args.seeds):
-        torch.manual_seed(seed)
-        shown.setdefault("untrained", build("unpriced", ASK + 1).to(device))
         for name in ("unpriced", "fixed"):
-            model, seconds = obtain(args, f"copying-{length}", name, seed, device, teach_copying,
-                                    steps, length)
+            model, facts = obtain(args, f"copying-{length}", name, seed, device, teach_copying,
+                                  steps=steps, length=length)
+            first.setdefault(name, model)
             right = copied(model, length, seed, device).float()
-            shown.setdefault(name, model)
             rows.append({"model": name, "seed": seed, "length": length, "sequences": len(right),
                          "accuracy": f"{100 * right.mean().item():.2f}",
-                         "whole_sequences": f"{100 * right.amin(1).mean().item():.2f}",
-                         "params": sum(p.numel() for p in model.parameters()), "steps": steps,
-                         "training_seconds": f"{seconds:.0f}", "device": describe(device),
-                         "torch": torch.__version__,
+                         "whole_sequences": f"{100 * right.amin(1).mean().item():.2f}", **facts,
                          "command": f"python visualize_delta.py --task copying --length {length} "
                                     f"--seeds {seed}" + " --quick" * args.quick})
-            print("RESULT " + " ".join(f"{key}={value}" for key, value in rows[-1].items()
-                                       if key != "command"), flush=True)
+            print_result(rows[-1])
+    tokens, places, _ = scattered(1, length, generator(args.seeds[0], "one sequence"))
+    panels = {name: along(model, tokens.to(device)) for name, model in first.items()}
     keep(f"results/copying{suffix}.csv", write_rows, rows)
-    keep(f"figures/copying{suffix}.png", draw_copying, shown, length, args.seeds[0], device)
-    print("\n| | symbols right, % | whole sequences right, % |\n|---|---|---|")
-    for name in ("unpriced", "fixed"):
-        cells = [[float(row[column]) for row in rows if row["model"] == name]
-                 for column in ("accuracy", "whole_sequences")]
-        print(f"| {MODELS[name][1]} | " + " | ".join(map(mean_sd, cells)) + " |")
-
-
-def draw_copying(path, models, length, seed, device):
-    """Δ along one sequence, its symbols marked."""
-    from matplotlib.figure import Figure
-    tokens, places, _ = scattered(1, length, generator("one sequence", seed))
-    figure = Figure(figsize=(4 * len(models) + 0.6, 3.2), layout="constrained")
-    for ax, (name, model) in zip(figure.subplots(1, len(models), sharey=True), models.items()):
-        with watch(model) as scans, torch.no_grad():
-            model(tokens.to(device))
-        for layer, (scan, color) in enumerate(zip(scans.values(), ("#1f77b4", "#d62728")), 1):
-            ax.plot(gate(scan)[0].cpu(), color=color, linewidth=1, label=f"layer {layer}")
-        for i, place in enumerate(places[0].tolist()):
-            ax.axvline(place, color="#ffd92f", linewidth=2.5, zorder=0,
-                       label=None if i else "symbol to repeat")
-        ax.axvspan(length, length + COPIED, color="0.85", zorder=0, label="answer")
-        ax.set_title(MODELS[name][1] if name in MODELS else name, fontsize=10)
-        ax.set(xlabel="token", yscale="log")
-        ax.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("Δ, mean over channels")
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110, format="png")
+    keep(f"figures/copying{suffix}.png", draw_along, panels, places[0].tolist(), "symbol to repeat",
+         f"one sequence, seed {args.seeds[0]}, its answer from token {length} on")
+    print_table(["", "symbols right, %", "whole sequences right, %"],
+                [[MODELS[name][1], *(mean_sd([float(row[what]) for row in rows
+                                              if row["model"] == name])
+                                     for what in ("accuracy", "whole_sequences"))]
+                 for name in ("unpriced", "fixed")])
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line.
 
 TASKS = {"digits": look_at_digits, "needle": look_for_needles, "copying": look_at_copying}
+
+
+def keep(path, write, *arguments):
+    """Call write(a temporary path, *arguments), then move what it wrote to path, and say so."""
+    write_atomically(path, lambda part: write(part, *arguments))
+    print(f"wrote {path}", flush=True)
 
 
 def parse(arguments):
@@ -913,12 +967,13 @@ def parse(arguments):
         help="of train_mnist.py; default: every seed of the bidirectional model in --out")
     add("--seeds", type=number(int, 0, 10 ** 6), nargs="+", default=[0],
         help="of needle and copying, default 0")
-    add("--length", type=number(int, COPIED), default=256,
-        help="of copying, default %(default)s; the paper's: 4096")
+    add("--length", type=number(int, COPIED),
+        help="of copying, default 256; the paper's: 4096")
     add("--quick", action="store_true", help="fewer steps, models and lengths")
-    add("--resume", action="store_true", help="take the models of needle and copying from --out")
+    add("--resume", action="store_true",
+        help="take the models of needle and copying that are in --out, and train the others")
     add("--data", choices=["auto", "real", "synthetic"], default="auto",
-        help="auto: MNIST, or synthetic digits if it cannot be had")
+        help="auto: that of the checkpoint, or what train_mnist.py finds")
     add("--data-dir", default="data", help="default %(default)s")
     add("--out", default="checkpoints", help="folder for checkpoints, default %(default)s")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
@@ -927,24 +982,25 @@ def parse(arguments):
 
 
 def look(args):
+    # Under the price Δ sinks until numbers become denormal, on which a CPU is ten times as slow.
+    # Threads inherit this when they start, so it comes before all work.
+    torch.set_flush_denormal(True)
     device = choose_device(args.device)
     for folder in (args.out, "results", "figures"):
         check_writable(folder)
-    # Under the price Δ sinks until numbers become denormal, and a CPU ten times as slow on them.
-    torch.set_flush_denormal(True)
-    try:
-        for task in dict.fromkeys(args.task):
+    for task in dict.fromkeys(args.task):
+        try:
             TASKS[task](args, device)
-    except KeyboardInterrupt:
-        print(f"\nthe models that were finished are in {args.out}: --resume takes them",
-              file=sys.stderr)
-        raise
+        except KeyboardInterrupt:
+            if task != "digits":
+                print(f"\nwhat was trained to the end is in {args.out}: --resume takes it",
+                      file=sys.stderr)
+            raise
     return True
 
 
 def main(arguments=None):
-    args = parse(arguments)
-    return guard("visualize_delta.py", lambda: look(args))
+    return guard("visualize_delta.py", lambda: look(parse(arguments)))
 
 
 if __name__ == "__main__":
