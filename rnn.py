@@ -1,18 +1,18 @@
 """rnn.py: what came before: recurrences whose dynamics do not look at the input.
 
     h_t = tanh(W x_t + U h_{t-1} + b)             the vanilla RNN (Elman 1990)
-    h_t = Ā h_{t-1} + B̄ x_t,  y_t = Re(C h_t)     S4: linear, and the same at every token
+    h_t = Ā h_{t-1} + B̄ x_t,  y_t = 2 Re(C h_t)   S4: linear, and the same at every token
 
-Take tanh away from the first, and what is left can be unrolled: y_t = Σ_k Re(C Ā^k B̄) x_{t-k}. The
-recurrence is a convolution with a kernel as long as the sequence, and one FFT computes it at all
-tokens at once. That is S4: trained as a convolution, and run as a recurrence. What makes its memory
+Take tanh away from the first, and what is left can be unrolled: y_t = Σ_k 2 Re(C Ā^k B̄) x_{t-k}.
+The recurrence is a convolution with a kernel as long as the sequence, and one FFT computes it at
+all tokens at once. That is S4: trained as a convolution, and run as a recurrence. What makes its memory
 long is A: HiPPO gives the one that keeps the past of a signal as Legendre coefficients.
 
 S6 is the same recurrence again, with Δ, B and C made from x. So it can choose what to remember, and
 is a convolution no longer: that is why s6.py needs a scan.
 
 `python rnn.py` draws what HiPPO remembers (figures/hippo.png), and times the convolution beside the
-recurrence.
+recurrence, in half a minute.
 
 Left out: gates (LSTM, GRU), and the low-rank part of HiPPO's matrix (see `diagonal_hippo`). The
 RNN's loop is PyTorch's own: test_scan.py holds it to the equation above.
@@ -114,6 +114,9 @@ def diagonal_hippo(n):
 # --------------------------------------------------------------------------------------------------
 # S4: one recurrence, computed in two ways.
 
+MODES = ("convolution", "recurrence")
+
+
 class S4(nn.Module):
     """x (b, l, d) -> y (b, l, d): each channel has a linear recurrence of its own, n numbers wide.
 
@@ -183,9 +186,6 @@ class S4(nn.Module):
         return y.transpose(1, 2), h
 
 
-MODES = ("convolution", "recurrence")
-
-
 class S4Block(nn.Module):
     """x ↦ x + GLU(W GELU(S4(norm(x)))), (b, l, d_model) both: S4 mixes in time, W the channels."""
 
@@ -219,6 +219,25 @@ class S4Stack(nn.Module):
             x, h = out if return_state else (out, None)
             new.append(h)
         return (x, new) if return_state else x
+
+
+class S4LM(nn.Module):
+    """Tokens (b, l) of int64 -> logits (b, l, vocabulary): what MambaLM is, with S4 as its body."""
+
+    def __init__(self, vocabulary, d_model=64, layers=4, n=64):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)   # it is the head, too: see MambaLM
+        self.body = S4Stack(d_model, layers, n)
+        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+
+    def forward(self, tokens, states=None, *, return_state=False):
+        """As MambaLM's. One token is a step of the recurrence, and more are a convolution."""
+        mode = MODES[tokens.shape[1] == 1]
+        out = self.body(self.embedding(tokens), states, mode=mode, return_state=return_state)
+        x, states = out if return_state else (out, None)
+        logits = F.linear(self.norm(x), self.embedding.weight)
+        return (logits, states) if return_state else logits
 
 
 # --------------------------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ import train_mnist
 import train_shakespeare
 import visualize_delta
 from block import MambaBlock, MambaLM, causal_conv, generate, load_official, parameter_groups
-from rnn import RNN, S4, S4Stack, diagonal_hippo, hippo, memorize, recall, signal
+from rnn import RNN, S4, S4LM, S4Stack, diagonal_hippo, hippo, memorize, recall, signal
 from s6 import S6, definition, selective_scan
-from train_mnist import ImageTrainer, UserError
+from train_mnist import ImageTrainer, PixelTrainer, UserError
 from train_shakespeare import TextTrainer
 from vision import VisionBlock, VisionMamba
 from visualize_delta import changes, haystacks, rank_correlation, switch_off, watch
@@ -529,6 +529,13 @@ def test_all_models_have_one_budget():
     print(f"    parameters: {counts}")
     assert counts["bidirectional"] == counts["causal"] <= 100_000
     assert all(abs(count / counts["causal"] - 1) < 0.0101 for count in counts.values())
+    wide = vars(train_mnist.parse(["--dataset", "cifar10"]))
+    print(f"    for CIFAR-10: {sum(p.numel() for p in train_mnist.build(wide).parameters())}")
+    assert sum(p.numel() for p in train_mnist.build(wide).parameters()) <= 1_200_000
+    writers = [sum(p.numel() for p in train_mnist.build_writer(settings(model=model, layers=4))
+                   .parameters()) for model in PixelTrainer.models]
+    print(f"    of --task next-pixel: {writers}")
+    assert max(writers) < 1.01 * min(writers)
     counts = {name: sum(p.numel() for p in visualize_delta.build(name, 0).parameters())
               for name in visualize_delta.MODELS}
     print(f"    of the needle: {counts}")
@@ -863,6 +870,57 @@ def test_two_processes_equal_one():
                 allow(name, abs(results[1][name] - value), 3e-4)
 
 
+def test_a_pixel_is_guessed_from_those_before_it_and_drawn_one_by_one():
+    """Catches: a model that sees the pixel it guesses, a state that is not carried on."""
+    torch.manual_seed(0)
+    inputs, pixels = PixelTrainer.pixels(None, torch.arange(12, dtype=torch.uint8).view(1, 1, 3, 4))
+    assert inputs.tolist() == [[256, *range(11)]] and pixels.tolist() == [list(range(12))]
+    for model in (MambaLM(257, 8, 2), S4LM(257, 8, 2, n=4)):
+        with torch.no_grad():
+            model.embedding.weight.mul_(50)        # far from even chances
+        ours = train_mnist.complete(model.eval(), pixels[:, :5], 12, seed=3)
+        generator, tokens = torch.Generator().manual_seed(3), inputs[:, :6]
+        for _ in range(7):                         # without a state: from the beginning every time
+            chances = model(tokens)[:, -1, :256].softmax(-1).detach()
+            tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], 1)
+        print(f"    {type(model).__name__}: {ours[0].tolist()}")
+        assert ours.tolist() == tokens[:, 1:].tolist() and ours[0, :5].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_coloured_images_are_shifted_and_mirrored_and_nothing_else():
+    """Catches: channels that move apart, a crop from the wrong image."""
+    images = torch.arange(1, 1 + 6 * 3 * 32 * 32).float().view(6, 3, 32, 32)
+    torch.manual_seed(0)
+    for image, out in zip(images, train_mnist.crop_and_flip(images)):
+        def shifts(padded):
+            return {(i, j): padded[:, i:i + 32, j:j + 32] for i in range(9) for j in range(9)}
+        padded = F.pad(image, (4,) * 4)
+        plain = [at for at, crop in shifts(padded).items() if torch.equal(crop, out)]
+        mirrored = [at for at, crop in shifts(padded).items() if torch.equal(crop.flip(2), out)]
+        print(f"    shifted to {plain}, or shifted to {mirrored} and mirrored")
+        assert len(plain) + len(mirrored) == 1
+
+
+def test_the_command_in_a_row_repeats_its_run():
+    """Catches: a flag that is missing in the row that a README's number comes from."""
+    for flags in (["--model", "s4"], ["--tokens", "pixels", "--model", "causal", "--epochs", "1"],
+                  ["--task", "next-pixel"], ["--task", "next-pixel", "--model", "s4", "--lr", "1"],
+                  ["--dataset", "cifar10", "--lr", "2e-3"], ["--limit", "64", "--holdout", "100"]):
+        args = train_mnist.parse(flags + ["--seed", "5"])
+        data = digits()._replace(name="cifar10" if "cifar10" in flags else "mnist")
+        data = train_mnist.shrink(data, args)
+        chosen = {name: getattr(args, name) for name in train_mnist.SETTINGS}
+        trainer = object.__new__(ImageTrainer)
+        trainer.data, trainer.settings = data, dict(chosen, train_images=len(data.train_images),
+                                                    test_images=len(data.test_images))
+        command = train_mnist.command(trainer)
+        print(f"    {command}")
+        again = train_mnist.parse(command.split()[2:])
+        assert {name: getattr(again, name) for name in train_mnist.SETTINGS} == chosen
+        for name in ("limit", "holdout", "dataset"):
+            assert getattr(again, name) == getattr(args, name)
+
+
 def test_the_recipe_is_what_it_says():
     """Catches: a schedule that never peaks or never ends, a warp that moves what it should not."""
     rates = [train_mnist.learning_rate(step, 1000, 1.0) for step in range(1000)]
@@ -1172,6 +1230,31 @@ def test_damaged_images_and_folders_that_cannot_be_written_are_named():
         assert code == 2 and "cannot write" in message and "Traceback" not in message
 
 
+def test_cifar_is_read_from_a_folder_of_images_or_its_absence_is_named():
+    """Catches: colours and rows mixed up, JPEG images reported as the original ones."""
+    from torchvision.transforms.functional import to_pil_image
+
+    def no_network(*_):
+        raise OSError("Temporary failure in name resolution")
+
+    with tempfile.TemporaryDirectory() as folder:
+        with replaced(train_mnist, "download_cifar", no_network):
+            raises(["cannot be downloaded", "CIFAR-10-images"],
+                   lambda: train_mnist.load_cifar(folder), UserError)
+        torch.manual_seed(0)
+        images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+        for i, image in enumerate(images):
+            place = os.path.join(folder, "CIFAR-10-images", ("train", "test")[i // 2], "ab"[i % 2])
+            os.makedirs(place)
+            to_pil_image(image).save(os.path.join(place, "a.png"))
+        data = train_mnist.load_cifar(folder)
+        assert data.name == "cifar10-jpeg" and data.test_labels.tolist() == [0, 1]
+        equal("the images, in their places", data.test_images, images[2:])
+        equal("and their labels", data.train_images, images[data.train_labels])
+        os.makedirs(os.path.join(folder, "cifar-10-batches-py"))
+        raises(["damaged"], lambda: train_mnist.load_cifar(folder), UserError)
+
+
 def test_what_is_no_text_and_no_language_model_is_named():
     """Catches: a traceback for a file, a prompt or a checkpoint that does not fit."""
     script = train_shakespeare
@@ -1287,11 +1370,12 @@ def test_a_wrong_flag_is_answered_with_what_is_right():
     for flags, words in ((["--model", "lstm"], "bidirectional"), (["--epochs", "0"], "1 or more"),
                          (["--lr", "fast"], "--lr"), (["--nonsense"], "nonsense"),
                          (["--seed", "-1"], "between 0"), (["--device", "abacus"], "cuda"),
+                         (["--task", "next-pixel", "--model", "rnn"], "causal"),
                          (["--digit", "10"], "between 0 and 9"), (["--task", "sums"], "needle")):
         err = io.StringIO()
         try:
             with contextlib.redirect_stderr(err):
-                (visualize_delta if flags[0] in ("--digit", "--task") else train_mnist).parse(flags)
+                (visualize_delta if "sums" in flags or "10" in flags else train_mnist).parse(flags)
             raise AssertionError(f"{flags} was taken")
         except SystemExit as stop:
             last = err.getvalue().strip().splitlines()[-1]

@@ -45,16 +45,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from block import parameter_groups
-from rnn import RNN, S4Stack
+from block import MambaLM, parameter_groups
+from rnn import RNN, S4LM, S4Stack
 from s6 import write_rows
 from vision import FUSIONS, POOLS, STEMS, ImageClassifier, VisionMamba
 
 MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c", "rnn": "#7f7f7f"}
 
 # What decides the outcome of a run, besides the data: a checkpoint goes on under the same only.
-SETTINGS = ("model", "seed", "epochs", "batch", "lr", "weight_decay", "average", "d_model",
-            "layers", "hidden", "stem", "pool", "fuse")
+SETTINGS = ("task", "model", "tokens", "seed", "epochs", "batch", "lr", "weight_decay", "average",
+            "d_model", "layers", "hidden", "stem", "pool", "fuse")
 
 
 class UserError(Exception):
@@ -166,7 +166,7 @@ def from_first(make):
 # The images: MNIST where it can be had, digits drawn with fonts where not.
 
 class Data(NamedTuple):
-    """Images uint8 (N, 1, 28, 28), labels int64 (N,), and the name that every result carries."""
+    """Images uint8 (N, c, h, w), labels int64 (N,), and the name that every result carries."""
     name: str
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -227,6 +227,51 @@ def download_mnist(data_dir, raw):
         os.makedirs(raw, exist_ok=True)
         for name in MNIST_MD5:
             os.replace(os.path.join(folder, "MNIST", "raw", name), os.path.join(raw, name))
+
+
+def load_cifar(data_dir):
+    """CIFAR-10: torchvision's own files, downloaded if need be, or a folder of JPEG images.
+
+    The folder is data_dir/CIFAR-10-images, with train/<class>/*.jpg and test/<class>/*.jpg; what is
+    lost by JPEG is in the name "cifar10-jpeg". Raises UserError if neither can be read.
+    """
+    from torchvision.datasets import CIFAR10, ImageFolder
+    files = os.path.join(data_dir, CIFAR10.base_folder)
+    folders = [os.path.join(data_dir, "CIFAR-10-images", part) for part in ("train", "test")]
+    try:
+        if not os.path.exists(files) and all(map(os.path.exists, folders)):
+            sets = []
+            for folder in map(ImageFolder, folders):
+                images = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+                          for image, _ in folder]
+                sets += [torch.stack(images).view(-1, 32, 32, 3), torch.tensor(folder.targets)]
+            name = "cifar10-jpeg"
+        else:
+            if not os.path.exists(files):
+                download_cifar(data_dir, files)
+            both = CIFAR10(data_dir, train=True), CIFAR10(data_dir, train=False)
+            sets = [t for part in both for t in (torch.tensor(part.data),
+                                                 torch.tensor(part.targets))]
+            name = "cifar10"
+    except Exception as error:           # no network, a broken download, what PIL and pickle raise
+        raise UserError(f"CIFAR-10 is not in {files}, or damaged, and cannot be downloaded "
+                        f"({first_line(error)}): connect to the network and delete what is there, "
+                        f"or put JPEG images into {folders[0]} and {folders[1]}, a folder per "
+                        f"class") from None
+    (x, y), (test_x, test_y) = sets[:2], sets[2:]
+    # The files are sorted by class or in batches: --limit and --holdout want any first part mixed.
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return Data(name, x[order].permute(0, 3, 1, 2).contiguous(), y[order],
+                test_x.permute(0, 3, 1, 2).contiguous(), test_y)
+
+
+def download_cifar(data_dir, files):
+    """Let torchvision download and verify in a folder of its own, then move all into place."""
+    from torchvision.datasets import CIFAR10
+    os.makedirs(data_dir, exist_ok=True)
+    with impatience(), tempfile.TemporaryDirectory(dir=data_dir) as folder:
+        CIFAR10(folder, download=True)
+        os.replace(os.path.join(folder, CIFAR10.base_folder), files)
 
 
 @contextlib.contextmanager
@@ -300,9 +345,30 @@ def warp(images, degrees, scale, shear, shift, generator=None):
     return F.grid_sample(images, grid, align_corners=False)
 
 
+def crop_and_flip(images, padding=4):
+    """Each image (b, c, h, w) shifted by up to `padding` pixels, and every second one mirrored."""
+    b, _, h, w = images.shape
+    images = F.pad(images, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, b, 1), device=images.device)
+    rows = top + torch.arange(h, device=images.device)                         # (b, h)
+    columns = left + torch.arange(w, device=images.device)                     # (b, w)
+    mirrored = torch.rand(b, 1, device=images.device) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    each = torch.arange(b, device=images.device).view(b, 1, 1)
+    images = images.movedim(1, -1)[each, rows.unsqueeze(2), columns.unsqueeze(1)]
+    return images.movedim(-1, 1)                                               # (b, c, h, w)
+
+
 def normalize(images):
-    """uint8 pixels -> about zero mean and unit variance (those of MNIST's training pixels)."""
-    return (images.float() / 255 - 0.1307) / 0.3081
+    """uint8 pixels -> about zero mean and unit variance.
+
+    images (b, 1, h, w), by the training pixels of MNIST, or (b, 3, h, w), by those of CIFAR-10
+    """
+    if images.shape[1] == 1:
+        return (images.float() / 255 - 0.1307) / 0.3081
+    mean = images.new_tensor([0.4914, 0.4822, 0.4465], dtype=torch.float32).view(3, 1, 1)
+    spread = images.new_tensor([0.2470, 0.2435, 0.2616], dtype=torch.float32).view(3, 1, 1)
+    return (images.float() / 255 - mean) / spread
 
 
 def learning_rate(step, steps, peak):
@@ -315,12 +381,27 @@ def learning_rate(step, steps, peak):
 def build(settings):
     """The model that the settings name."""
     frame = {"stem": settings["stem"], "pool": settings["pool"]}
+    if settings.get("dataset", "").startswith("cifar10"):
+        frame.update(channels=3, image_size=(32, 32))
+    if settings["tokens"] == "pixels":
+        frame.update(stem="patch", patch=1, position=False)
     d_model, layers, hidden = settings["d_model"], settings["layers"], settings["hidden"]
     if settings["model"] == "rnn":
         return ImageClassifier(RNN(d_model, hidden, layers), d_model, hidden, **frame)
     if settings["model"] == "s4":        # two of its blocks cost what one of Mamba's does
         return ImageClassifier(S4Stack(d_model, 2 * layers, n=92), d_model, d_model, **frame)
     return VisionMamba(d_model, layers, direction=settings["model"], fuse=settings["fuse"], **frame)
+
+
+BEGIN = 256          # the token before the first pixel
+
+
+def build_writer(settings):
+    """The model of --task next-pixel: logits for 256 grey values, and BEGIN, from those before."""
+    d_model, layers = settings["d_model"], settings["layers"]
+    if settings["model"] == "s4":        # n=62: as many parameters as Mamba, to 1 %
+        return S4LM(BEGIN + 1, d_model, 2 * layers, n=62)
+    return MambaLM(BEGIN + 1, d_model, layers)
 
 
 def seed_for(seed, what, number=0):
@@ -423,25 +504,32 @@ class Trainer:
 class ImageTrainer(Trainer):
     """A Trainer of the model that the settings name, on Data."""
 
-    unit, classes = "images", 10
+    unit, classes, models, build = "images", 10, tuple(MODELS), staticmethod(build)
 
     def __init__(self, settings, data, device):
         self.data, self.order = data, (-1, None)
         self.per_step = settings["batch"]
         settings = dict(settings, dataset=data.name, train_images=len(data.train_images),
                         test_images=len(data.test_images))
-        super().__init__(settings, build, len(data.train_images) // self.per_step, device)
+        super().__init__(settings, self.build, len(data.train_images) // self.per_step, device)
 
-    def batch(self):
-        """The warped images (b, 1, 28, 28) and the labels (b,) of this step."""
+    def index(self):
+        """Which images are in the batch of this step, (b,): each once in an epoch."""
         (epoch, i), size = divmod(self.step, self.per_epoch), self.per_step
         if self.order[0] != epoch:
             generator = torch.Generator().manual_seed(self.draw("order", epoch))
             self.order = epoch, torch.randperm(len(self.data.train_images), generator=generator)
-        index = self.order[1][i * size:(i + 1) * size].to(self.device)
+        return self.order[1][i * size:(i + 1) * size].to(self.device)
+
+    def batch(self):
+        """The augmented images (b, c, h, w) and the labels (b,) of this step."""
+        index = self.index()
         torch.manual_seed(self.draw("warp", self.step))
         images = self.data.train_images[index].float()
-        images = warp(images, degrees=10, scale=0.1, shear=5, shift=2)
+        if images.shape[1] == 1:
+            images = warp(images, degrees=10, scale=0.1, shear=5, shift=2)
+        else:                            # a cat is a cat in the mirror; a 2 is no 2
+            images = crop_and_flip(images)
         return normalize(images), self.data.train_labels[index]
 
     def loss(self):
@@ -463,15 +551,16 @@ class ImageTrainer(Trainer):
 
     def path(self, folder):
         s = self.settings
-        return os.path.join(folder, f"{self.data.name}-{s['model']}-seed{s['seed']}.pt")
+        pixels = "-pixels" * (s["tokens"] == "pixels") + "-next" * (s["task"] == "next-pixel")
+        return os.path.join(folder, f"{self.data.name}{pixels}-{s['model']}-seed{s['seed']}.pt")
 
     def title(self):
         d = self.data
-        return (f"model {self.settings['model']}  data {d.name}: {len(d.train_images)} training, "
-                f"{len(d.test_images)} test")
+        return (f"model {self.settings['model']} on {self.settings['tokens']}  data {d.name}: "
+                f"{len(d.train_images)} training, {len(d.test_images)} test")
 
     def report(self):
-        return f"test accuracy {self.scores[-1]:.2f} (not warped)"
+        return f"test accuracy {self.scores[-1]:.2f} (not augmented)"
 
     def result(self):
         """The row of a finished run: what it was, what came out, and where it ran."""
@@ -480,6 +569,61 @@ class ImageTrainer(Trainer):
                 "params": self.parameters(), "epochs": s["epochs"],
                 "test_accuracy": f"{self.scores[-1]:.2f}", "seconds": f"{self.seconds():.0f}",
                 **self.machine, "command": command(self)}
+
+
+class PixelTrainer(ImageTrainer):
+    """A Trainer that guesses each pixel from those before it: a language model of images."""
+
+    classes, models, build = 256, ("causal", "s4"), staticmethod(build_writer)
+
+    def pixels(self, images):
+        """uint8 (b, 1, h, w) -> tokens before each pixel, and the pixel, (b, h·w) int64 both."""
+        pixels = images.flatten(1).long()
+        return F.pad(pixels[:, :-1], (1, 0), value=BEGIN), pixels
+
+    def loss(self):
+        inputs, pixels = map(share, self.pixels(self.data.train_images[self.index()]))
+        logits = self.net(inputs)
+        hits = (logits.detach().argmax(-1) == pixels).float().mean()
+        return F.cross_entropy(logits.flatten(0, 1), pixels.flatten()), hits
+
+    @torch.no_grad()
+    def evaluate(self, stop=lambda: False):
+        """Mean loss of the average on the test images, nats per pixel; None if stopped."""
+        total = 0.0
+        for images in self.data.test_images.split(50):
+            if stop():
+                return None
+            inputs, pixels = self.pixels(images)
+            logits = self.average(inputs).flatten(0, 1)
+            total += F.cross_entropy(logits, pixels.flatten(), reduction="sum").item()
+        return total / self.data.test_images.numel()
+
+    def report(self):
+        nats = self.scores[-1]
+        return f"test {nats:.4f} nats = {nats / math.log(2):.4f} bits per pixel"
+
+    def result(self):
+        nats, row = self.scores[-1], super().result()
+        row = {key: value for key, value in row.items() if key != "test_accuracy"}
+        return {**row, "test_nats_per_pixel": f"{nats:.4f}",
+                "test_bits_per_pixel": f"{nats / math.log(2):.4f}"}
+
+
+@torch.inference_mode()
+def complete(model, given, length, seed):
+    """Go on from the first pixels of images: given (b, g) int64 -> (b, length), drawn one by one.
+
+    The pixels given are read in one call; then every pixel is a step of the recurrence.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    logits, states = model(F.pad(given, (1, 0), value=BEGIN), return_state=True)
+    pixels = [given]
+    for _ in range(length - given.shape[1]):
+        chances = logits[:, -1, :BEGIN].softmax(-1).cpu()
+        pixels.append(torch.multinomial(chances, 1, generator=generator).to(given))
+        logits, states = model(pixels[-1], states, return_state=True)
+    return torch.cat(pixels, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -609,10 +753,19 @@ def set_aside(path):
 def command(trainer):
     """The command that trains this model."""
     s, data = trainer.settings, trainer.data.name
-    chosen = flags(s, SETTINGS, parse([])) + " --data synthetic" * data.startswith("synthetic")
+    chosen = default_flags(s, data)
+    chosen = "".join(f" {flag}" for flag in chosen) + flags(s, SETTINGS, parse(chosen)) + \
+        " --data synthetic" * data.startswith("synthetic")
     chosen += " --quick" * ("-quick" in data)
     chosen += f" --holdout {s['test_images']}" * ("-holdout" in data)
+    chosen += f" --limit {s['train_images']}" * ("-limit" in data)
     return f"python train_mnist.py --model {s['model']} --seed {s['seed']}{chosen}"
+
+
+def default_flags(settings, data):
+    """The flags that choose the task and the data set, and so the defaults of the others."""
+    return (["--dataset", "cifar10"] * data.startswith("cifar10")
+            + ["--task", settings["task"]] * (settings["task"] != "classify"))
 
 
 def flags(settings, names, defaults):
@@ -639,24 +792,29 @@ def describe(device):
 # --------------------------------------------------------------------------------------------------
 # All models: a table and two figures.
 
-def compare(settings, seeds, data, device, out, resume):
+def compare(kind, settings, seeds, data, device, out, resume):
     """Train every model with every seed; then the table: -> whether all came to the end."""
-    trainers = {model: [] for model in MODELS}
+    trainers = {model: [] for model in kind.models}
     for seed in dict.fromkeys(seeds):
-        for model in MODELS:
-            trainer = ImageTrainer(dict(settings, model=model, seed=seed), data, device)
+        for model in trainers:
+            trainer = kind(dict(settings, model=model, seed=seed), data, device)
             if not run(trainer, out, resume and begun(trainer, out)):
                 return False
             trainers[model].append(trainer)
     if RANK > 0:
         return True
     rows = [t.result() for runs in trainers.values() for t in runs]
-    name = results_name(data.name, flags(settings, SETTINGS, parse([])), seeds)
+    writing = kind is PixelTrainer
+    chosen = flags(settings, SETTINGS, parse(default_flags(settings, data.name)))
+    name = results_name(data.name + "-next-pixel" * writing, chosen, seeds)
+    last = "completions" if writing else "accuracy"
+    figures = {f"figures/{name}_loss.png": draw_loss,
+               f"figures/{name}_{last}.png": draw_completions if writing else draw_accuracy}
     write_atomically(f"results/{name}.csv", lambda part: write_rows(part, rows))
-    write_atomically(f"figures/{name}_loss.png", lambda part: draw_loss(part, trainers))
-    write_atomically(f"figures/{name}_accuracy.png", lambda part: draw_accuracy(part, trainers))
-    print(f"\nwrote results/{name}.csv, figures/{name}_loss.png, figures/{name}_accuracy.png\n")
-    print_table(rows)
+    for path, draw in figures.items():
+        write_atomically(path, lambda part: draw(part, trainers))
+    print(f"\nwrote results/{name}.csv, {', '.join(figures)}\n")
+    (print_bits if writing else print_table)(rows)
     return True
 
 
@@ -680,6 +838,41 @@ def print_table(rows):
     print(f"\nbidirectional minus causal, seed by seed: {mean_sd(differences, '+')}")
 
 
+def print_bits(rows):
+    """The README's table of --task next-pixel."""
+    print("| model | parameters | nats per pixel | bits per pixel | seconds |\n" + "|---" * 5 + "|")
+    for model in PixelTrainer.models:
+        runs = [row for row in rows if row["model"] == model]
+        nats, bits, seconds = ([float(row[key]) for row in runs] for key in (
+            "test_nats_per_pixel", "test_bits_per_pixel", "seconds"))
+        print(f"| {model} | {runs[0]['params']:,} | {mean_sd(nats, digits=4)} | "
+              f"{mean_sd(bits, digits=4)} | {sum(seconds) / len(seconds):.0f} |")
+
+
+def draw_completions(path, trainers, count=10):
+    """Test digits, their upper halves, and how each model goes on from there, three times."""
+    from matplotlib.figure import Figure
+    data = next(iter(trainers.values()))[0].data
+    first = [(data.test_labels == digit).nonzero()[0].item() for digit in range(count)]
+    images = data.test_images[first].flatten(1).long()                         # (count, h·w)
+    half, length = images.shape[1] // 2, images.shape[1]
+    rows = {"the digit": images, "what is given": images[:, :half]}
+    for model, runs in trainers.items():
+        for seed in range(3):
+            rows[f"{model} {seed + 1}"] = complete(runs[0].average, images[:, :half], length, seed)
+    figure = Figure(figsize=(count, 0.95 * len(rows) + 0.4), layout="constrained")
+    for row, (name, pixels) in zip(figure.subplots(len(rows), count), rows.items()):
+        shown = F.pad(pixels.float(), (0, length - pixels.shape[1]), value=math.nan).cpu()
+        for ax, image in zip(row, shown):
+            ax.imshow(image.view(data.test_images.shape[2:]), cmap="gray_r", vmin=0, vmax=255)
+            ax.axhline(data.test_images.shape[2] / 2 - 0.5, color="#d62728", linewidth=0.8)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+    figure.suptitle(f"{data.name}: above the line given, below it drawn pixel by pixel",
+                    fontsize=10)
+    figure.savefig(path, dpi=100, format="png")
+
+
 def draw_loss(path, trainers):
     """Training loss over steps and over seconds: mean over seeds, band from lowest to highest."""
     from matplotlib.figure import Figure
@@ -694,7 +887,7 @@ def draw_loss(path, trainers):
             ax.plot(x, losses.mean(0), color=MODELS[model], label=model)
             ax.fill_between(x, losses.amin(0), losses.amax(0), color=MODELS[model], alpha=0.2,
                             linewidth=0)
-    axes[0].set(xlabel="training step", ylabel="training loss (nats, warped images)", yscale="log")
+    axes[0].set(xlabel="training step", ylabel="training loss (nats)", yscale="log")
     axes[1].set(xlabel=f"seconds of training ({runs[0].machine['device']})", yscale="log")
     for ax in axes:
         ax.grid(alpha=0.3, which="both")
@@ -740,25 +933,31 @@ def parse(arguments):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count, seed = p.add_argument, number(int, 1), number(int, 0, 10 ** 6)
-    add("--model", choices=list(MODELS), default="bidirectional", help="default %(default)s")
+    add("--dataset", choices=["mnist", "cifar10"], default="mnist", help="default %(default)s")
+    add("--model", choices=list(MODELS), help="default bidirectional, of next-pixel causal")
+    add("--task", choices=["classify", "next-pixel"], default="classify",
+        help="next-pixel guesses each pixel from those before, default %(default)s")
+    add("--tokens", choices=["patches", "pixels"], default="patches",
+        help="49 patches, or 784 single pixels; default %(default)s")
     add("--seed", type=seed, default=0, help="default %(default)s")
     add("--compare", action="store_true", help="every model with every seed of --seeds")
     add("--seeds", type=seed, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     add("--quick", action="store_true", help="2 epochs of 6,400 images, tested on 1,000")
     add("--resume", action="store_true", help="go on from the checkpoint")
-    add("--epochs", type=count, help="default 5")
+    add("--epochs", type=count, help="default 5, of next-pixel 1")
     add("--batch", type=count, default=64, help="images per step, default %(default)s")
-    add("--lr", type=number(float, 0), default=3e-3, help="its peak, default %(default)s")
+    add("--lr", type=number(float, 0), help="its peak, default 3e-3, of cifar10 1e-3")
     add("--weight-decay", type=number(float, 0), default=0.05, help="default %(default)s")
     add("--average", type=number(float, 0, 1), default=0.998,
         help="decay per step of the averaged weights, default %(default)s")
-    add("--d-model", type=count, default=64, help="width of the tokens, default %(default)s")
-    add("--layers", type=count, default=2, help="default %(default)s")
+    add("--d-model", type=count, help="width of the tokens, default 64, of cifar10 128")
+    add("--layers", type=count, help="default 2, of next-pixel and cifar10 4")
     add("--hidden", type=count, default=152,
         help="width of the RNN, default %(default)s: as many parameters as the default Mamba has")
     add("--stem", choices=STEMS, default="conv", help="from pixels to tokens, default %(default)s")
     add("--pool", choices=POOLS, default="mean", help="default %(default)s; classic RNN: last")
     add("--fuse", choices=FUSIONS, default="average", help="both directions, default %(default)s")
+    add("--limit", type=count, help="train on so many images only")
     add("--holdout", type=number(int, 0), default=0,
         help="test on this many training images, held out: for choosing settings")
     add("--data", choices=["auto", "real", "synthetic"], default="auto",
@@ -768,7 +967,20 @@ def parse(arguments):
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
         help="auto: cuda if there is one, else cpu")
     args = p.parse_args(arguments)
-    args.epochs = args.epochs or (2 if args.quick else 5)
+    pixels = args.task == "next-pixel"
+    args.epochs = args.epochs or (1 if pixels else 2 if args.quick else 5)
+    cifar = args.dataset == "cifar10"
+    args.layers = args.layers or (4 if pixels or cifar else 2)
+    args.d_model = args.d_model or (128 if cifar else 64)
+    args.lr = (1e-3 if cifar else 3e-3) if args.lr is None else args.lr
+    args.model = args.model or ("causal" if pixels else "bidirectional")
+    if pixels:
+        args.tokens = "pixels"
+        if cifar:
+            p.error("--task next-pixel is for grey images: use --dataset mnist")
+        if args.model not in PixelTrainer.models:
+            p.error(f"--task next-pixel: --model must be one of {PixelTrainer.models}, since it "
+                    f"must not see the next pixel and can be written from its state")
     return args
 
 
@@ -784,12 +996,14 @@ def choose_device(name):
 
 
 def shrink(data, args):
-    """The data set that --holdout and --quick leave; its name says so."""
+    """The data set that --holdout, --limit and --quick leave; its name says so."""
     name, x, y, test_x, test_y = data
     if args.holdout:
         keep = len(x) - args.holdout
         name, x, y, test_x, test_y = name + "-holdout", x[:max(keep, 0)], y[:max(keep, 0)], \
             x[keep:], y[keep:]
+    if args.limit:
+        name, x, y = f"{name}-limit", x[:args.limit], y[:args.limit]
     if args.quick:
         name, x, y, test_x, test_y = name + "-quick", x[:6400], y[:6400], test_x[:1000], \
             test_y[:1000]
@@ -824,12 +1038,15 @@ def train(args):
     join(device, args.batch)
     for folder in [args.out] + ["results", "figures"] * args.compare:
         check_writable(folder)
-    data = shrink(load_data(args.data_dir, args.data), args)
+    cifar = args.dataset == "cifar10"
+    data = load_cifar(args.data_dir) if cifar else load_data(args.data_dir, args.data)
+    data = shrink(data, args)
     data = Data(data.name, *(t.to(device) for t in data[1:]))
     settings = {name: getattr(args, name) for name in SETTINGS}
+    kind = PixelTrainer if args.task == "next-pixel" else ImageTrainer
     if args.compare:
-        return compare(settings, args.seeds, data, device, args.out, args.resume)
-    return run(ImageTrainer(settings, data, device), args.out, args.resume)
+        return compare(kind, settings, args.seeds, data, device, args.out, args.resume)
+    return run(kind(settings, data, device), args.out, args.resume)
 
 
 def main(arguments=None):

@@ -125,18 +125,20 @@ class ImageClassifier(nn.Module):
     body        module, (b, l, d_model) -> (b, l, width). Mamba here, and in train_mnist.py also the
                 RNN of rnn.py: models then differ in their body alone
     image_size  (height, width) in pixels, both divisible by patch
+    position    add a learned vector for each place. A recurrence can count by itself, and where
+                every pixel is a token, the table would be as large as the rest of the model
     pool        "mean" or "max" over the tokens, or "last": the one at the end of the scan
     Raises ValueError for a size that patch does not divide, and for an unknown stem or pool.
     """
 
     def __init__(self, body, d_model, width, *, image_size=(28, 28), channels=1, patch=4,
-                 classes=10, stem="conv", pool="mean"):
+                 classes=10, stem="conv", position=True, pool="mean"):
         super().__init__()
         _check_divisible(image_size, patch)
         self.image_size, self.pool = tuple(image_size), _choose("pool", pool, POOLS)
         self.stem = Stem(channels, d_model, patch, stem)
         tokens = (image_size[0] // patch) * (image_size[1] // patch)
-        self.position = nn.Parameter(0.02 * torch.randn(tokens, d_model))
+        self.position = nn.Parameter(0.02 * torch.randn(tokens, d_model)) if position else 0.0
         self.body = body
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, classes)
