@@ -5,8 +5,8 @@
 
 Take tanh away from the first, and what is left can be unrolled: y_t = Σ_k 2 Re(C Ā^k B̄) x_{t-k}.
 The recurrence is a convolution with a kernel as long as the sequence, and one FFT computes it at
-all tokens at once. That is S4: trained as a convolution, and run as a recurrence. What makes its memory
-long is A: HiPPO gives the one that keeps the past of a signal as Legendre coefficients.
+all tokens at once. That is S4: trained as a convolution, and run as a recurrence. What makes its
+memory long is A: HiPPO gives the one that keeps the past of a signal as Legendre coefficients.
 
 S6 is the same recurrence again, with Δ, B and C made from x. So it can choose what to remember, and
 is a convolution no longer: that is why s6.py needs a scan.

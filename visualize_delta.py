@@ -884,12 +884,15 @@ def scattered(count, length, random):
 
 
 def teach_copying(model, name, seed, device, steps, length):
-    """From 30 % to 70 % of the steps the length grows from 16 (no blanks): -> the last length."""
+    """From 30 % to 70 % of the steps the length grows from 16 (no blanks): -> the last length.
+
+    The learning rate rises to 1e-2 in 50 steps, and falls to 0 along a cosine.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
     random = generator(seed, "copying")
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = train_mnist.learning_rate(step - 1, steps, 1e-2)
+            group["lr"] = 5e-3 * min(1.0, step / 50) * (1 + math.cos(math.pi * step / steps))
         grown = min(1.0, max(0.0, (step / steps - 0.3) / 0.4))
         now = COPIED + round((length - COPIED) * grown)
         tokens, _, symbols = scattered(max(4, 4096 // (now + COPIED)), now, random)
@@ -913,7 +916,7 @@ def copied(model, length, seed, device, count=1024):
 
 def look_at_copying(args, device):
     """Selection on and off side by side: results/copying.csv and a figure."""
-    steps, length = (60 if args.quick else 2500), args.length or (32 if args.quick else 256)
+    steps, length = (60 if args.quick else 3000), args.length or (32 if args.quick else 256)
     suffix = f"-length-{length}" * (length != 256) + "-quick" * args.quick
     print(f"copying: {COPIED} symbols among {length} tokens, {steps} steps; seeds {args.seeds}; "
           f"{describe(device)}, torch {torch.__version__}", flush=True)
