@@ -7,7 +7,7 @@
 Each test is a sentence that is true, and says which bug would make it false. It prints the error
 that it found beside the error that it allows. Read them as a lesson: two steps by hand, then the
 equation against every faster way to compute it, then what follows from the equation, the models,
-and last the training script, on good days and on bad ones.
+the training scripts, the look at Δ, and last what each of them says when something is wrong.
 
 Read before: s6.py. Read now as far as "The layers and models", then block.py, and the rest with the
 files that it tests.

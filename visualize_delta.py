@@ -2,12 +2,12 @@
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        Δ_t → 0: token t is passed over, h stays as it was
 
-    python visualize_delta.py                     digits and needle: 10 minutes on two cores
+    python visualize_delta.py                     digits and needle: 12 minutes on two cores
     python visualize_delta.py --task digits       Δ on a test digit 7 (--digit, --index)
     python visualize_delta.py --task needle       a needle in a haystack of a million tokens
-    python visualize_delta.py --task copying      16 symbols, scattered among 256 tokens
+    python visualize_delta.py --task copying      16 symbols, scattered among 256 tokens: 15 minutes
     python visualize_delta.py --quick             a first look in under a minute
-    python visualize_delta.py --seeds 0 1 2       the README's tables and figures
+    python visualize_delta.py --seeds 0 1 2       the README's tables; they take the place of others
     python visualize_delta.py --resume            take the models that are trained already
 
 The claim: Δ is the gate by which a selective model decides what to write into its state. A picture
@@ -23,7 +23,7 @@ the symbol to remember, until the marker comes again. It is learned at lengths u
 up to a million, in constant memory. A model that solves 256 leaks a little at every noise token.
 There its loss is zero, and nothing pushes the leak further down; but at length 4,096 it tells. So
 one model, once it solves 256, also pays for what it writes: to its loss is added
-0.01 · mean log(Δ + 1e-9).
+0.01 · mean log(Δ + 1e-9). Expect it to find every needle at every length.
 
 Left out: a text. What Δ does on characters is a question for train_shakespeare.py's model.
 Read before: vision.py and train_mnist.py, whose model and helpers this file uses.
@@ -481,7 +481,8 @@ def print_correlations(rows):
     def cell(*key):
         rho = [float(row["rank_correlation"]) for row in rows if key == (
             row["scan"], row["model"], row["with"], row["tokens_back"], row["place_removed"])]
-        return f"{sum(rho) / len(rho):.2f} ({min(rho):.2f} … {max(rho):.2f})"
+        spread = f" ({min(rho):.2f} … {max(rho):.2f})" * (len(rho) > 1)
+        return f"{sum(rho) / len(rho):.2f}{spread}"
 
     print("\nrank correlation of Δ with the ink read so many tokens back: mean (lowest … highest)")
     print_table(["scan", "model", *map(str, BACK), "2, place removed"],
