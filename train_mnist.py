@@ -3,6 +3,9 @@
     python train_mnist.py                    the bidirectional Vision Mamba, 5 epochs: 99.46 % after
                                              18 minutes on one core
     python train_mnist.py --model causal     or s4, or rnn
+    python train_mnist.py --tokens pixels    each of the 784 pixels is a token
+    python train_mnist.py --task next-pixel  guess each pixel from those before, and draw digits
+    python train_mnist.py --dataset cifar10  coloured images, with settings of their own
     python train_mnist.py --quick            a first look in under a minute
     python train_mnist.py --compare          every model, three seeds: the README's table, figures
     python train_mnist.py --resume           go on after Ctrl-C, on a CPU to the same weights
@@ -10,7 +13,7 @@
 
 Every model gets the same tokens (the stem), the same pooling, a linear head, the same number of
 parameters to 1 %, the same augmented images, optimizer and schedule. What differs is the body that
-reads the 49 tokens.
+reads the 49 tokens. (The budgets are made even for the default settings.)
 
 The recipe: AdamW, its learning rate rising over the first tenth of the steps and then falling to
 zero along a cosine; small random affine warps; and a moving average of the weights, which is what
