@@ -490,7 +490,7 @@ def test_S4_as_a_convolution_is_S4_as_a_recurrence_wherever_it_is_cut():
     """Catches: a kernel that is a token late, an FFT that wraps around, a state left behind."""
     torch.manual_seed(0)
     for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        model, x = S4Stack(6, layers=2, n=8).to(dtype), torch.randn(2, 784, 6, dtype=dtype)
+        model, x = S4Stack(6, layers=2, n=64).to(dtype), torch.randn(2, 784, 6, dtype=dtype)
         exact, last = model(x, mode="recurrence", return_state=True)
         for cut in (0, 1, 500, 783):
             y, states, first = [], None, x[:, :cut]
@@ -500,7 +500,13 @@ def test_S4_as_a_convolution_is_S4_as_a_recurrence_wherever_it_is_cut():
             allow(f"{dtype}, cut at {cut}: y", error(torch.cat(y, 1), exact), allowed)
             worst = max(error(torch.view_as_real(a), torch.view_as_real(b))
                         for a, b in zip(states, last))
-            allow(f"{dtype}, cut at {cut}: the last state", worst, allowed)
+            allow(f"{dtype}, cut at {cut}: the last state", worst, 3 * allowed)
+    layer, x = S4(64, 92), torch.randn(2, 784, 64)
+    allow("one layer of 64 channels, n = 92, l = 784, float32",
+          error(layer(x), layer(x, mode="recurrence")), 1e-5)
+    for l in (1, 2, 3, 10):
+        allow(f"l = {l}", error(layer(x[:, :l]), layer(x[:, :l], mode="recurrence")), 1e-5)
+    x = x[..., :6]
     raises(["mode", "recurrence"], lambda: model(x, mode="parallel"))
     raises(["(b, l, 6)"], lambda: model.layers[0].s4(x[..., :5]))
 
@@ -873,7 +879,7 @@ def test_two_processes_equal_one():
 def test_a_pixel_is_guessed_from_those_before_it_and_drawn_one_by_one():
     """Catches: a model that sees the pixel it guesses, a state that is not carried on."""
     torch.manual_seed(0)
-    inputs, pixels = PixelTrainer.pixels(None, torch.arange(12, dtype=torch.uint8).view(1, 1, 3, 4))
+    inputs, pixels = train_mnist.as_tokens(torch.arange(12, dtype=torch.uint8).view(1, 1, 3, 4))
     assert inputs.tolist() == [[256, *range(11)]] and pixels.tolist() == [list(range(12))]
     for model in (MambaLM(257, 8, 2), S4LM(257, 8, 2, n=4)):
         with torch.no_grad():

@@ -574,18 +574,19 @@ class ImageTrainer(Trainer):
                 **self.machine, "command": command(self)}
 
 
+def as_tokens(images):
+    """uint8 (b, 1, h, w) -> tokens before each pixel, and the pixel, (b, h·w) int64 both."""
+    pixels = images.flatten(1).long()
+    return F.pad(pixels[:, :-1], (1, 0), value=BEGIN), pixels
+
+
 class PixelTrainer(ImageTrainer):
     """A Trainer that guesses each pixel from those before it: a language model of images."""
 
     classes, models, build = 256, ("causal", "s4"), staticmethod(build_writer)
 
-    def pixels(self, images):
-        """uint8 (b, 1, h, w) -> tokens before each pixel, and the pixel, (b, h·w) int64 both."""
-        pixels = images.flatten(1).long()
-        return F.pad(pixels[:, :-1], (1, 0), value=BEGIN), pixels
-
     def loss(self):
-        inputs, pixels = map(share, self.pixels(self.data.train_images[self.index()]))
+        inputs, pixels = map(share, as_tokens(self.data.train_images[self.index()]))
         logits = self.net(inputs)
         hits = (logits.detach().argmax(-1) == pixels).float().mean()
         return F.cross_entropy(logits.flatten(0, 1), pixels.flatten()), hits
@@ -597,7 +598,7 @@ class PixelTrainer(ImageTrainer):
         for images in self.data.test_images.split(50):
             if stop():
                 return None
-            inputs, pixels = self.pixels(images)
+            inputs, pixels = as_tokens(images)
             logits = self.average(inputs).flatten(0, 1)
             total += F.cross_entropy(logits, pixels.flatten(), reduction="sum").item()
         return total / self.data.test_images.numel()
@@ -667,6 +668,7 @@ def fit(trainer, path, stop=lambda: False):
             if t.step % 20 == 0:
                 show_progress(t)
         if len(t.scores) == epoch:
+            t.save(path)                 # a test can take minutes, and fail
             score = from_first(lambda: t.evaluate(stop))
             if score is not None:
                 t.scores.append(score)
@@ -761,7 +763,7 @@ def command(trainer):
         " --data synthetic" * data.startswith("synthetic")
     chosen += " --quick" * ("-quick" in data)
     chosen += f" --holdout {s['test_images']}" * ("-holdout" in data)
-    chosen += f" --limit {s['train_images']}" * ("-limit" in data)
+    chosen += f" --limit {data.split('-limit-')[1].split('-')[0]}" if "-limit-" in data else ""
     return f"python train_mnist.py --model {s['model']} --seed {s['seed']}{chosen}"
 
 
@@ -945,7 +947,8 @@ def parse(arguments):
     add("--seed", type=seed, default=0, help="default %(default)s")
     add("--compare", action="store_true", help="every model with every seed of --seeds")
     add("--seeds", type=seed, nargs="+", default=[0, 1, 2], help="default 0 1 2")
-    add("--quick", action="store_true", help="2 epochs of 6,400 images, tested on 1,000")
+    add("--quick", action="store_true",
+        help="2 epochs of 6,400 images, tested on 1,000; of pixels 640, tested on 100")
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--epochs", type=count, help="default 5, of next-pixel 1")
     add("--batch", type=count, default=64, help="images per step, default %(default)s")
@@ -977,6 +980,8 @@ def parse(arguments):
     args.d_model = args.d_model or (128 if cifar else 64)
     args.lr = (1e-3 if cifar else 3e-3) if args.lr is None else args.lr
     args.model = args.model or ("causal" if pixels else "bidirectional")
+    if cifar and args.data == "synthetic":
+        p.error("--data synthetic: there are no synthetic images for cifar10")
     if pixels:
         args.tokens = "pixels"
         if cifar:
@@ -1006,10 +1011,11 @@ def shrink(data, args):
         name, x, y, test_x, test_y = name + "-holdout", x[:max(keep, 0)], y[:max(keep, 0)], \
             x[keep:], y[keep:]
     if args.limit:
-        name, x, y = f"{name}-limit", x[:args.limit], y[:args.limit]
+        name, x, y = f"{name}-limit-{args.limit}", x[:args.limit], y[:args.limit]
     if args.quick:
-        name, x, y, test_x, test_y = name + "-quick", x[:6400], y[:6400], test_x[:1000], \
-            test_y[:1000]
+        count = 640 if args.tokens == "pixels" else 6400
+        name, x, y, test_x, test_y = name + "-quick", x[:count], y[:count], \
+            test_x[:1000 * count // 6400], test_y[:1000 * count // 6400]
     if len(x) < args.batch:
         raise UserError(f"{len(x)} training images are left, and a batch takes {args.batch}")
     return Data(name, x, y, test_x, test_y)

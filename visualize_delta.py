@@ -162,6 +162,9 @@ def load_classifier(path, device):
     if settings.get("model") not in DIRECTIONS or not isinstance(settings.get("dataset"), str):
         raise UserError(f"{path} holds no Vision Mamba of train_mnist.py, but "
                         f"{settings.get('model', 'another model')}: {other}")
+    if settings.get("tokens", "patches") != "patches" or settings["dataset"].startswith("cifar10"):
+        raise UserError(f"{path} holds a model of {settings['dataset']} by {settings['tokens']}, "
+                        f"and only one of digits by patches can be looked at: {other}")
     try:
         torch.manual_seed(train_mnist.seed_for(settings["seed"], "weights"))
         untrained = train_mnist.build(settings)
