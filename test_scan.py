@@ -893,6 +893,35 @@ def test_a_pixel_is_guessed_from_those_before_it_and_drawn_one_by_one():
         assert ours.tolist() == tokens[:, 1:].tolist() and ours[0, :5].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_the_tables_of_pixels_are_written_from_end_to_end():
+    """Catches: a comparison that fails at its last line, after hours; bits that are nats."""
+    here, name = os.getcwd(), "synthetic-digits-next-pixel"
+    tiny = {"tokens": "pixels", "d_model": 8, "layers": 1, "batch": 16, "epochs": 1, "hidden": 8}
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            for kind, task in ((PixelTrainer, "next-pixel"), (ImageTrainer, "classify")):
+                assert quietly(train_mnist.compare, kind, settings(task=task, **tiny), [0],
+                               digits(32, 10), CPU, "out", False)[0]
+            found = sorted(name for _, _, files in os.walk(".") for name in files)
+            table = [path for path in found if path.startswith(name) and path.endswith("csv")][0]
+            with open(os.path.join("results", table), encoding="utf-8") as file:
+                keys, values = (line.strip().split(",") for line in list(file)[:2])
+            trainer = PixelTrainer(settings(task="next-pixel", model="causal", seed=0, **tiny),
+                                   digits(32, 10), CPU)
+            trainer.load(trainer.path("out"))
+        finally:
+            os.chdir(here)
+    row = dict(zip(keys, values))
+    with torch.no_grad():
+        inputs, pixels = train_mnist.as_tokens(digits(32, 10).test_images)
+        chances = trainer.average(inputs).softmax(-1).gather(-1, pixels.unsqueeze(-1))
+    bits = -chances.double().log2().mean().item()
+    print(f"    {found}")
+    allow("bits per pixel, from the chances", abs(float(row["test_bits_per_pixel"]) - bits), 1e-3)
+    assert len(found) == 2 + 4 + 3 + 3
+
+
 def test_coloured_images_are_shifted_and_mirrored_and_nothing_else():
     """Catches: channels that move apart, a crop from the wrong image."""
     images = torch.arange(1, 1 + 6 * 3 * 32 * 32).float().view(6, 3, 32, 32)

@@ -858,9 +858,8 @@ def draw_completions(path, trainers, count=10):
     """Test digits, their upper halves, and how each model goes on from there, three times."""
     from matplotlib.figure import Figure
     data = next(iter(trainers.values()))[0].data
-    first = [(data.test_labels == digit).nonzero()[0].item() for digit in range(count)]
-    images = data.test_images[first].flatten(1).long()                         # (count, h·w)
-    half, length = images.shape[1] // 2, images.shape[1]
+    images = data.test_images[:count].flatten(1).long()                        # (count, h·w)
+    half, (count, length) = images.shape[1] // 2, images.shape
     rows = {"the digit": images, "what is given": images[:, :half]}
     for model, runs in trainers.items():
         for seed in range(3):
@@ -1045,7 +1044,8 @@ def guard(script, job):
 def train(args):
     device = choose_device(args.device)
     join(device, args.batch)
-    for folder in [args.out] + ["results", "figures"] * args.compare:
+    pictures = args.compare or args.task == "next-pixel"
+    for folder in [args.out] + ["results", "figures"] * pictures:
         check_writable(folder)
     cifar = args.dataset == "cifar10"
     data = load_cifar(args.data_dir) if cifar else load_data(args.data_dir, args.data)
@@ -1055,7 +1055,13 @@ def train(args):
     kind = PixelTrainer if args.task == "next-pixel" else ImageTrainer
     if args.compare:
         return compare(kind, settings, args.seeds, data, device, args.out, args.resume)
-    return run(kind(settings, data, device), args.out, args.resume)
+    trainer = kind(settings, data, device)
+    finished = run(trainer, args.out, args.resume)
+    if finished and kind is PixelTrainer and RANK == 0:
+        path = trainer.path("figures").replace(".pt", "_completions.png")
+        write_atomically(path, lambda part: draw_completions(part, {args.model: [trainer]}))
+        print(f"wrote {path}")
+    return finished
 
 
 def main(arguments=None):

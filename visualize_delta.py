@@ -55,7 +55,7 @@ from train_mnist import (UserError, check_writable, choose_device, describe, fir
 from vision import DIRECTIONS
 
 FLOOR = 1e-9         # a Δ under this counts as this: where A = -1, a million of them forget 0.1 %
-LAYERS = ("#17becf", "#e377c2")          # colours of the first and second layer, or scan
+LAYERS = ("#17becf", "#000000")          # colours of the first and second layer, or scan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -621,7 +621,7 @@ def draw_along(path, panels, marks, marked, title):
             for layer, (values, color) in enumerate(zip(layers, LAYERS), 1):
                 ax.plot(values, color=color, linewidth=1, alpha=0.8, label=f"layer {layer}")
             for i, place in enumerate(marks):
-                ax.axvline(place, color="#ffd92f", linewidth=3, zorder=0,
+                ax.axvline(place, color="#ffd92f", linewidth=5, alpha=0.5, zorder=0,
                            label=None if i else marked)
             ax.set_yscale("log")
             ax.grid(alpha=0.3)
@@ -989,7 +989,7 @@ def parse(arguments):
 
 
 def look(args):
-    # Under the price Δ sinks until numbers become denormal, on which a CPU is ten times as slow.
+    # Under the price Δ sinks until numbers become denormal, and a CPU takes several times as long.
     # Threads inherit this when they start, so it comes before all work.
     torch.set_flush_denormal(True)
     device = choose_device(args.device)
