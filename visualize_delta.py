@@ -2,7 +2,7 @@
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        Δ_t → 0: token t is passed over, h stays as it was
 
-    python visualize_delta.py                     digits and needle: 12 minutes on two cores
+    python visualize_delta.py                     digits and needle: 9 minutes on two cores
     python visualize_delta.py --task digits       Δ on a test digit 7 (--digit, --index)
     python visualize_delta.py --task needle       a needle in a haystack of a million tokens
     python visualize_delta.py --task copying      16 symbols, scattered among 256 tokens: 15 minutes
