@@ -55,7 +55,7 @@ from train_mnist import (UserError, check_writable, choose_device, describe, fir
 from vision import DIRECTIONS
 
 FLOOR = 1e-9         # a Δ under this counts as this: where A = -1, a million of them forget 0.1 %
-LAYERS = ("#17becf", "#000000")          # colours of the first and second layer, or scan
+LAYERS = ("#17becf", "#000000")          # colours of the first and second layer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ def draw_frame(figure, pixels, seen, step):
     below = figure.add_axes((0.1, 0.12, 0.81, 0.21))
     axes[0].imshow(pixels, cmap="gray_r", extent=(0, size, size, 0))
     axes[0].set_title(f"after {step} of {length} tokens", fontsize=9)
-    for ax, color, (label, backward, delta, moves) in zip(axes[1:], LAYERS, seen):
+    for ax, color, (label, backward, delta, moves) in zip(axes[1:], ("#17becf", "#ff7f0e"), seen):
         place = length - step if backward else step - 1
         axes[0].add_patch(Rectangle((place % side * patch, place // side * patch), patch, patch,
                                     fill=False, edgecolor=color, linewidth=2.5))
