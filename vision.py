@@ -123,10 +123,10 @@ class ImageClassifier(nn.Module):
     """Images (b, channels, height, width) -> logits (b, classes), by any body that reads tokens.
 
     body        module, (b, l, d_model) -> (b, l, width). Mamba here, and in train_mnist.py also the
-                RNN of rnn.py: models then differ in their body alone
+                RNN and S4 of rnn.py: models then differ in their body alone
     image_size  (height, width) in pixels, both divisible by patch
-    position    add a learned vector for each place. A recurrence can count by itself, and where
-                every pixel is a token, the table would be as large as the rest of the model
+    position    add a learned vector for each place. A recurrence can also count by itself, and
+                where every pixel is a token, the table would cost 50,000 parameters
     pool        "mean" or "max" over the tokens, or "last": the one at the end of the scan
     Raises ValueError for a size that patch does not divide, and for an unknown stem or pool.
     """

@@ -163,8 +163,9 @@ def load_classifier(path, device):
         raise UserError(f"{path} holds no Vision Mamba of train_mnist.py, but "
                         f"{settings.get('model', 'another model')}: {other}")
     if settings.get("tokens", "patches") != "patches" or settings["dataset"].startswith("cifar10"):
-        raise UserError(f"{path} holds a model of {settings['dataset']} by {settings['tokens']}, "
-                        f"and only one of digits by patches can be looked at: {other}")
+        raise UserError(f"{path} holds a model of {settings['dataset']} by "
+                        f"{settings.get('tokens')}, and only one of digits by patches can be looked "
+                        f"at: {other}")
     try:
         torch.manual_seed(train_mnist.seed_for(settings["seed"], "weights"))
         untrained = train_mnist.build(settings)
@@ -175,8 +176,8 @@ def load_classifier(path, device):
         raise UserError(f"{path} was made by another version of the model ({first_line(error)}): "
                         f"{other}") from None
     if missing:
-        raise UserError(f"the training in {path} is not at its end: go on with python "
-                        f"train_mnist.py --resume, or {other}")
+        raise UserError(f"the training in {path} is not at its end: go on with the command that "
+                        f"began it and --resume, or delete it, or {other}")
     return trained.to(device).eval(), untrained.to(device).eval(), settings
 
 
