@@ -933,6 +933,15 @@ def number(kind, low, high=math.inf):
     return convert
 
 
+def add_places(add, auto):
+    """The flags that every script has: where data, checkpoints and arithmetic are to be."""
+    add("--data", choices=["auto", "real", "synthetic"], default="auto", help=auto)
+    add("--data-dir", default="data", help="default %(default)s")
+    add("--out", default="checkpoints", help="folder for checkpoints, default %(default)s")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+        help="auto: cuda if there is one, else cpu")
+
+
 def parse(arguments):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -965,12 +974,7 @@ def parse(arguments):
     add("--limit", type=count, help="train on so many images only")
     add("--holdout", type=number(int, 0), default=0,
         help="test on this many training images, held out: for choosing settings")
-    add("--data", choices=["auto", "real", "synthetic"], default="auto",
-        help="auto: MNIST, or synthetic digits if it cannot be had")
-    add("--data-dir", default="data", help="default %(default)s")
-    add("--out", default="checkpoints", help="folder for checkpoints, default %(default)s")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-        help="auto: cuda if there is one, else cpu")
+    add_places(add, "auto: MNIST, or synthetic digits if it cannot be had")
     args = p.parse_args(arguments)
     pixels = args.task == "next-pixel"
     args.epochs = args.epochs or (1 if pixels else 2 if args.quick else 5)

@@ -39,9 +39,10 @@ import torch.nn.functional as F
 
 from block import MambaLM, State, generate
 from s6 import write_rows
-from train_mnist import (RANK, Trainer, UserError, begun, check_writable, choose_device, describe,
-                         first_line, flags, gather, guard, impatience, join, mean_sd, number,
-                         read_checkpoint, results_name, run, share, write_atomically)
+from train_mnist import (RANK, Trainer, UserError, add_places, begun, check_writable,
+                         choose_device, describe, first_line, flags, gather, guard, impatience,
+                         join, mean_sd, number, read_checkpoint, results_name, run, share,
+                         write_atomically)
 
 SETTINGS = ("seed", "epochs", "batch", "block", "lr", "weight_decay", "average", "forget",
             "d_model", "layers")
@@ -438,12 +439,7 @@ def parse(arguments):
     add("--checkpoint", help="to write from, default that of this text and seed 0")
     add("--benchmark", action="store_true", help="measure the speed of writing --tokens characters")
     add("--text", metavar="FILE", help="train on this text, UTF-8")
-    add("--data", choices=["auto", "real", "synthetic"], default="auto",
-        help="auto: TinyShakespeare, or Python's help texts if it cannot be had")
-    add("--data-dir", default="data", help="default %(default)s")
-    add("--out", default="checkpoints", help="folder for checkpoints, default %(default)s")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-        help="auto: cuda if there is one, else cpu")
+    add_places(add, "auto: TinyShakespeare, or Python's help texts if it cannot be had")
     args = p.parse_args(arguments)
     args.epochs = args.epochs or (1 if args.quick else 10)
     return args

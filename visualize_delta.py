@@ -50,8 +50,9 @@ import train_mnist
 from block import MambaLM
 from rnn import RNN
 from s6 import S6, write_rows
-from train_mnist import (UserError, check_writable, choose_device, describe, first_line, guard,
-                         load_data, mean_sd, normalize, number, read_checkpoint, write_atomically)
+from train_mnist import (UserError, add_places, check_writable, choose_device, describe,
+                         first_line, guard, load_data, mean_sd, normalize, number, read_checkpoint,
+                         write_atomically)
 from vision import DIRECTIONS
 
 FLOOR = 1e-9         # a Δ under this counts as this: where A = -1, a million of them forget 0.1 %
@@ -164,8 +165,8 @@ def load_classifier(path, device):
                         f"{settings.get('model', 'another model')}: {other}")
     if settings.get("tokens", "patches") != "patches" or settings["dataset"].startswith("cifar10"):
         raise UserError(f"{path} holds a model of {settings['dataset']} by "
-                        f"{settings.get('tokens')}, and only one of digits by patches can be looked "
-                        f"at: {other}")
+                        f"{settings.get('tokens')}, and only one of digits by patches can be "
+                        f"looked at: {other}")
     try:
         torch.manual_seed(train_mnist.seed_for(settings["seed"], "weights"))
         untrained = train_mnist.build(settings)
@@ -980,12 +981,7 @@ def parse(arguments):
     add("--quick", action="store_true", help="fewer steps, models and lengths")
     add("--resume", action="store_true",
         help="take the models of needle and copying that are in --out, and train the others")
-    add("--data", choices=["auto", "real", "synthetic"], default="auto",
-        help="auto: that of the checkpoint, or what train_mnist.py finds")
-    add("--data-dir", default="data", help="default %(default)s")
-    add("--out", default="checkpoints", help="folder for checkpoints, default %(default)s")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-        help="auto: cuda if there is one, else cpu")
+    add_places(add, "auto: that of the checkpoint, or what train_mnist.py finds")
     return p.parse_args(arguments)
 
 
