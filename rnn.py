@@ -164,18 +164,20 @@ class S4(nn.Module):
         step = self.log_dt.exp().unsqueeze(1) * A
         return step, torch.expm1(step) / A * torch.view_as_complex(self.B)
 
-    def forward(self, x, h=None, *, mode="convolution", return_state=False):
+    def forward(self, x, h=None, *, mode="auto", return_state=False):
         """x (b, l, d) -> y (b, l, d), and with return_state h after x, (b, d, n/2) complex.
 
         h      the state to go on from, None for zero
         mode   "convolution": all tokens at once, by FFT. "recurrence": one after the other. They
-               agree up to rounding; the first is for training, the second for one token at a time
+               agree up to rounding. "auto": a single token by the second, more by the first
         Raises ValueError for another mode or shape.
         """
-        if mode not in MODES:
-            raise ValueError(f"S4: mode must be one of {MODES}, got {mode!r}")
+        if mode not in (*MODES, "auto"):
+            raise ValueError(f"S4: mode must be \"auto\" or one of {MODES}, got {mode!r}")
         if x.ndim != 3 or x.shape[2] != len(self.D):
             raise ValueError(f"S4: x must have shape (b, l, {len(self.D)}), got {tuple(x.shape)}")
+        if mode == "auto":
+            mode = "recurrence" if x.shape[1] == 1 else "convolution"
         y, h = self._convolve(x, h, return_state) if mode == "convolution" else self._recur(x, h)
         y = y + self.D * x
         return (y, h) if return_state else y
@@ -215,7 +217,7 @@ class S4Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out_proj = nn.Linear(d_model, 2 * d_model)
 
-    def forward(self, x, h=None, *, mode="convolution", return_state=False):
+    def forward(self, x, h=None, *, mode="auto", return_state=False):
         """As S4's forward."""
         out = self.s4(self.norm(x), h, mode=mode, return_state=return_state)
         y, h = out if return_state else (out, None)
@@ -230,7 +232,7 @@ class S4Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(S4Block(d_model, n, dropout) for _ in range(layers))
 
-    def forward(self, x, states=None, *, mode="convolution", return_state=False):
+    def forward(self, x, states=None, *, mode="auto", return_state=False):
         """As S4's forward, with a list of one state per block."""
         new = []
         for layer, h in zip(self.layers, states or [None] * len(self.layers), strict=True):
@@ -238,25 +240,6 @@ class S4Stack(nn.Module):
             x, h = out if return_state else (out, None)
             new.append(h)
         return (x, new) if return_state else x
-
-
-class S4LM(nn.Module):
-    """Tokens (b, l) of int64 -> logits (b, l, vocabulary): what MambaLM is, with S4 as its body."""
-
-    def __init__(self, vocabulary, d_model=64, layers=4, n=64):
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, d_model)
-        nn.init.normal_(self.embedding.weight, std=0.02)   # it is the head, too: see MambaLM
-        self.body = S4Stack(d_model, layers, n)
-        self.norm = nn.RMSNorm(d_model, eps=1e-5)
-
-    def forward(self, tokens, states=None, *, return_state=False):
-        """As MambaLM's. One token is a step of the recurrence, and more are a convolution."""
-        mode = "recurrence" if tokens.shape[1] == 1 else "convolution"
-        out = self.body(self.embedding(tokens), states, mode=mode, return_state=return_state)
-        x, states = out if return_state else (out, None)
-        logits = F.linear(self.norm(x), self.embedding.weight)
-        return (logits, states) if return_state else logits
 
 
 # --------------------------------------------------------------------------------------------------

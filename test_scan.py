@@ -13,6 +13,7 @@ Read before: s6.py. Read now as far as "The layers and models", then block.py, a
 files that it tests.
 """
 import contextlib
+import copy
 import importlib.util
 import io
 import itertools
@@ -33,11 +34,11 @@ import train_mnist
 import train_shakespeare
 import visualize_delta
 from block import MambaBlock, MambaLM, causal_conv, generate, load_official, parameter_groups
-from rnn import RNN, S4, S4LM, S4Stack, diagonal_hippo, hippo, memorize, recall, signal
+from rnn import RNN, S4, S4Block, S4Stack, diagonal_hippo, hippo, memorize, recall, signal
 from s6 import S6, definition, selective_scan
 from train_mnist import ImageTrainer, PixelTrainer, UserError
 from train_shakespeare import TextTrainer
-from vision import VisionBlock, VisionMamba
+from vision import PixelLM, VisionBlock, VisionMamba
 from visualize_delta import changes, haystacks, rank_correlation, switch_off, watch
 
 METHODS, DISCRETIZATIONS = ("sequential", "parallel"), ("euler", "zoh")
@@ -443,6 +444,9 @@ def test_weight_decay_spares_what_has_no_business_at_zero():
         assert names[id(p)].endswith("weight") and p.ndim > 1, names[id(p)]
     for end in ("A_log", "D", "bias", "norm.weight", "position"):
         assert any(names[id(p)].endswith(end) for p in spared["params"]), end
+    s4 = S4(4)
+    others = parameter_groups(s4, 0.1)[1]["params"]
+    assert all(any(p is own for p in others) for own in (s4.A_log, s4.omega, s4.log_dt, s4.D))
     print(f"    {len(decayed['params'])} tensors decay, {len(spared['params'])} do not")
 
 
@@ -511,6 +515,38 @@ def test_S4_as_a_convolution_is_S4_as_a_recurrence_wherever_it_is_cut():
     raises(["(b, l, 6)"], lambda: model.layers[0].s4(x[..., :5]))
 
 
+def test_S4_starts_from_the_normal_part_of_hippo():
+    """Catches: oscillators that do not oscillate, another B, Δ outside 0.001 … 0.1, a wrong block.
+
+    With C the conjugate of V* B, S4's kernel is (B/2)ᵀ exp(N Δ k) ∫ exp(N s) ds B/2, 0 ≤ s ≤ Δ,
+    where N = HiPPO's A + P Pᵀ is a real matrix: eigenvectors and their signs play no part.
+    """
+    torch.manual_seed(0)
+    n, x = 16, torch.randn(1, 60, 2, dtype=torch.float64)
+    layer = S4(2, n).double()
+    A, B = map(torch.tensor, hippo(n))
+    P = (torch.arange(n).double() + 0.5).sqrt()
+    N, B, I = A + torch.outer(P, P), B / 2, torch.eye(n).double()
+    with torch.no_grad():
+        layer.B.copy_(torch.view_as_real(torch.tensor(diagonal_hippo(n)[1])))      # in double
+        layer.omega.copy_(torch.tensor(diagonal_hippo(n)[0].imag))
+        layer.C.copy_(torch.view_as_real(torch.view_as_complex(layer.B).conj().resolve_conj()))
+    ys = torch.zeros_like(x)
+    for j, delta in enumerate(layer.log_dt.exp()):
+        A_bar, h = torch.matrix_exp(delta * N), torch.zeros_like(B)
+        for t in range(60):
+            h = A_bar @ h + torch.linalg.solve(N, (A_bar - I) @ B) * x[0, t, j]
+            ys[0, t, j] = B @ h + x[0, t, j]
+    allow("against the dense recurrence", error(layer(x), ys), 1e-9)
+    assert torch.equal(S4(2, n).omega, layer.omega.float()) and (S4(2, n).A_log.exp() == 0.5).all()
+    steps = S4(4096).log_dt.exp()
+    print(f"    Δ from {steps.min():.4f} to {steps.max():.4f}, median {steps.median():.4f}")
+    assert 1e-3 <= steps.min() < 1.1e-3 and 0.009 < steps.median() < 0.011 and steps.max() > 0.09
+    block, x = S4Block(8, n=4), torch.randn(2, 9, 8)
+    a, gate = block.out_proj(F.gelu(block.s4(block.norm(x)))).chunk(2, -1)
+    allow("the block: x + GLU(W GELU(S4(norm(x))))", error(block(x), x + a * gate.sigmoid()), 1e-6)
+
+
 def test_S6_with_constant_delta_B_C_is_S4():
     """Catches: two files that teach two different recurrences."""
     torch.manual_seed(0)
@@ -535,13 +571,15 @@ def test_all_models_have_one_budget():
     print(f"    parameters: {counts}")
     assert counts["bidirectional"] == counts["causal"] <= 100_000
     assert all(abs(count / counts["causal"] - 1) < 0.0101 for count in counts.values())
-    wide = vars(train_mnist.parse(["--dataset", "cifar10"]))
-    print(f"    for CIFAR-10: {sum(p.numel() for p in train_mnist.build(wide).parameters())}")
-    assert sum(p.numel() for p in train_mnist.build(wide).parameters()) <= 1_200_000
-    writers = [sum(p.numel() for p in train_mnist.build_writer(settings(model=model, layers=4))
-                   .parameters()) for model in PixelTrainer.models]
-    print(f"    of --task next-pixel: {writers}")
-    assert max(writers) < 1.01 * min(writers)
+    for flags, most in ((["--tokens", "pixels"], 100_000), (["--dataset", "cifar10"], 1_200_000),
+                        (["--task", "next-pixel"], 400_000)):
+        args = vars(train_mnist.parse(flags))
+        kind = PixelTrainer if args["task"] == "next-pixel" else ImageTrainer
+        counts = {model: sum(p.numel() for p in kind.build(dict(args, model=model)).parameters())
+                  for model in kind.models}
+        print(f"    {' '.join(flags)}: {counts}")
+        assert max(counts.values()) <= most
+        assert max(counts.values()) < 1.0101 * min(counts.values())
     counts = {name: sum(p.numel() for p in visualize_delta.build(name, 0).parameters())
               for name in visualize_delta.MODELS}
     print(f"    of the needle: {counts}")
@@ -670,9 +708,9 @@ def test_the_first_loss_is_that_of_a_blind_guess():
 # --------------------------------------------------------------------------------------------------
 # The training script, on good days.
 
-def settings(**changes):
+def settings(*flags, **changes):
     """The defaults of train_mnist.py."""
-    args = train_mnist.parse([])
+    args = train_mnist.parse(flags)
     return dict({name: getattr(args, name) for name in train_mnist.SETTINGS}, **changes)
 
 
@@ -881,34 +919,35 @@ def test_a_pixel_is_guessed_from_those_before_it_and_drawn_one_by_one():
     torch.manual_seed(0)
     inputs, pixels = train_mnist.as_tokens(torch.arange(12, dtype=torch.uint8).view(1, 1, 3, 4))
     assert inputs.tolist() == [[256, *range(11)]] and pixels.tolist() == [list(range(12))]
-    for model in (MambaLM(257, 8, 2), S4LM(257, 8, 2, n=4)):
+    for layer in (MambaBlock(8), S4Block(8, n=4)):
+        model = PixelLM([layer, copy.deepcopy(layer)], 8, (3, 4))
         with torch.no_grad():
-            model.embedding.weight.mul_(50)        # far from even chances
+            model.head.weight.mul_(20)             # far from even chances
         ours = train_mnist.complete(model.eval(), pixels[:, :5], 12, seed=3)
         generator, tokens = torch.Generator().manual_seed(3), inputs[:, :6]
         for _ in range(7):                         # without a state: from the beginning every time
             chances = model(tokens)[:, -1, :256].softmax(-1).detach()
             tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], 1)
-        print(f"    {type(model).__name__}: {ours[0].tolist()}")
+        print(f"    {type(layer).__name__}: {ours[0].tolist()}")
         assert ours.tolist() == tokens[:, 1:].tolist() and ours[0, :5].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_tables_of_pixels_are_written_from_end_to_end():
     """Catches: a comparison that fails at its last line, after hours; bits that are nats."""
     here, name = os.getcwd(), "synthetic-digits-next-pixel"
-    tiny = {"tokens": "pixels", "d_model": 8, "layers": 1, "batch": 16, "epochs": 1, "hidden": 8}
+    tiny = {"d_model": 8, "layers": 1, "batch": 16, "hidden": 8}
+    jobs = {PixelTrainer: ("--task", "next-pixel"), ImageTrainer: ("--tokens", "pixels")}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            for kind, task in ((PixelTrainer, "next-pixel"), (ImageTrainer, "classify")):
-                assert quietly(train_mnist.compare, kind, settings(task=task, **tiny), [0],
-                               digits(32, 10), CPU, "out", False)[0]
+            for kind, flags in jobs.items():
+                assert quietly(train_mnist.compare, kind, settings(*flags, **tiny), kind.models,
+                               [0], digits(32, 10), CPU, "out", False)[0]
             found = sorted(name for _, _, files in os.walk(".") for name in files)
             table = [path for path in found if path.startswith(name) and path.endswith("csv")][0]
             with open(os.path.join("results", table), encoding="utf-8") as file:
                 keys, values = (line.strip().split(",") for line in list(file)[:2])
-            trainer = PixelTrainer(settings(task="next-pixel", model="causal", seed=0, **tiny),
-                                   digits(32, 10), CPU)
+            trainer = PixelTrainer(settings(*jobs[PixelTrainer], **tiny), digits(32, 10), CPU)
             trainer.load(trainer.path("out"))
         finally:
             os.chdir(here)
@@ -928,8 +967,8 @@ def test_coloured_images_are_shifted_and_mirrored_and_nothing_else():
     torch.manual_seed(0)
     for image, out in zip(images, train_mnist.crop_and_flip(images)):
         def shifts(padded):
-            return {(i, j): padded[:, i:i + 32, j:j + 32] for i in range(9) for j in range(9)}
-        padded = F.pad(image, (4,) * 4)
+            return {(i, j): padded[:, i:i + 32, j:j + 32] for i in range(5) for j in range(5)}
+        padded = F.pad(image, (2,) * 4, mode="reflect")
         plain = [at for at, crop in shifts(padded).items() if torch.equal(crop, out)]
         mirrored = [at for at, crop in shifts(padded).items() if torch.equal(crop.flip(2), out)]
         print(f"    shifted to {plain}, or shifted to {mirrored} and mirrored")

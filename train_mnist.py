@@ -48,16 +48,28 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from block import MambaLM, parameter_groups
-from rnn import RNN, S4LM, S4Stack
+from block import MambaBlock, parameter_groups
+from rnn import RNN, S4Block, S4Stack
 from s6 import write_rows
-from vision import FUSIONS, POOLS, STEMS, ImageClassifier, VisionMamba
+from vision import BEGIN, FUSIONS, POOLS, STEMS, ImageClassifier, PixelLM, VisionMamba
 
 MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c", "rnn": "#7f7f7f"}
 
 # What decides the outcome of a run, besides the data: a checkpoint goes on under the same only.
-SETTINGS = ("task", "model", "tokens", "seed", "epochs", "batch", "lr", "weight_decay", "average",
-            "d_model", "layers", "hidden", "stem", "pool", "fuse")
+SETTINGS = ("task", "model", "tokens", "seed", "epochs", "batch", "lr", "weight_decay", "smoothing",
+            "average", "augment", "d_model", "layers", "hidden", "state", "stem", "pool", "fuse")
+
+# Each is a flag. --hidden of the RNN and --state of S4 give them the parameters of Mamba, to 1 %.
+DEFAULTS = {
+    "mnist":      {"epochs": 5, "batch": 64, "lr": 3e-3, "smoothing": 0.0, "augment": True,
+                   "d_model": 64, "layers": 2, "hidden": 152, "state": 92, "stem": "conv"},
+    "pixels":     {"epochs": 1, "batch": 32, "lr": 3e-3, "smoothing": 0.0, "augment": False,
+                   "d_model": 64, "layers": 2, "hidden": 153, "state": 92, "stem": "patch"},
+    "next-pixel": {"epochs": 1, "batch": 16, "lr": 3e-3, "smoothing": 0.0, "augment": False,
+                   "d_model": 64, "layers": 4, "hidden": 152, "state": 62, "stem": "patch"},
+    "cifar10":    {"epochs": 5, "batch": 64, "lr": 3e-3, "smoothing": 0.1, "augment": True,
+                   "d_model": 128, "layers": 4, "hidden": 268, "state": 132, "stem": "wide"},
+}
 
 
 class UserError(Exception):
@@ -348,10 +360,10 @@ def warp(images, degrees, scale, shear, shift, generator=None):
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def crop_and_flip(images, padding=4):
+def crop_and_flip(images, padding=2):
     """Each image (b, c, h, w) shifted by up to `padding` pixels, and every second one mirrored."""
     b, _, h, w = images.shape
-    images = F.pad(images, (padding,) * 4)
+    images = F.pad(images, (padding,) * 4, mode="reflect")
     top, left = torch.randint(2 * padding + 1, (2, b, 1), device=images.device)
     rows = top + torch.arange(h, device=images.device)                         # (b, h)
     columns = left + torch.arange(w, device=images.device)                     # (b, w)
@@ -387,24 +399,24 @@ def build(settings):
     if settings.get("dataset", "").startswith("cifar10"):
         frame.update(channels=3, image_size=(32, 32))
     if settings["tokens"] == "pixels":
-        frame.update(stem="patch", patch=1, position=False)
+        frame.update(patch=1, position="axes")
     d_model, layers, hidden = settings["d_model"], settings["layers"], settings["hidden"]
     if settings["model"] == "rnn":
         return ImageClassifier(RNN(d_model, hidden, layers), d_model, hidden, **frame)
     if settings["model"] == "s4":        # two of its blocks cost what one of Mamba's does
-        return ImageClassifier(S4Stack(d_model, 2 * layers, n=92), d_model, d_model, **frame)
+        body = S4Stack(d_model, 2 * layers, settings["state"])
+        return ImageClassifier(body, d_model, d_model, **frame)
     return VisionMamba(d_model, layers, direction=settings["model"], fuse=settings["fuse"], **frame)
 
 
-BEGIN = 256          # the token before the first pixel
-
-
 def build_writer(settings):
-    """The model of --task next-pixel: logits for 256 grey values, and BEGIN, from those before."""
+    """The model of --task next-pixel: logits for 256 grey values from the pixels before."""
     d_model, layers = settings["d_model"], settings["layers"]
-    if settings["model"] == "s4":        # n=62: as many parameters as Mamba, to 1 %
-        return S4LM(BEGIN + 1, d_model, 2 * layers, n=62)
-    return MambaLM(BEGIN + 1, d_model, layers)
+    if settings["model"] == "s4":
+        blocks = [S4Block(d_model, settings["state"]) for _ in range(2 * layers)]
+    else:
+        blocks = [MambaBlock(d_model) for _ in range(layers)]
+    return PixelLM(blocks, d_model)
 
 
 def seed_for(seed, what, number=0):
@@ -529,7 +541,9 @@ class ImageTrainer(Trainer):
         index = self.index()
         torch.manual_seed(self.draw("warp", self.step))
         images = self.data.train_images[index].float()
-        if images.shape[1] == 1:
+        if not self.settings["augment"]:
+            pass
+        elif images.shape[1] == 1:
             images = warp(images, degrees=10, scale=0.1, shear=5, shift=2)
         else:                            # a cat is a cat in the mirror; a 2 is no 2
             images = crop_and_flip(images)
@@ -539,7 +553,8 @@ class ImageTrainer(Trainer):
         images, labels = map(share, self.batch())
         logits = self.net(images)
         hits = (logits.detach().argmax(1) == labels).float().mean()
-        return F.cross_entropy(logits, labels), hits
+        smoothing = self.settings["smoothing"]
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing), hits
 
     @torch.no_grad()
     def evaluate(self, stop=lambda: False):
@@ -554,8 +569,8 @@ class ImageTrainer(Trainer):
 
     def path(self, folder):
         s = self.settings
-        pixels = "-pixels" * (s["tokens"] == "pixels") + "-next" * (s["task"] == "next-pixel")
-        return os.path.join(folder, f"{self.data.name}{pixels}-{s['model']}-seed{s['seed']}.pt")
+        name = f"{job_name(self.data, s)}-{s['model']}-seed{s['seed']}.pt"
+        return os.path.join(folder, name)
 
     def title(self):
         d = self.data
@@ -572,6 +587,12 @@ class ImageTrainer(Trainer):
                 "params": self.parameters(), "epochs": s["epochs"],
                 "test_accuracy": f"{self.scores[-1]:.2f}", "seconds": f"{self.seconds():.0f}",
                 **self.machine, "command": command(self)}
+
+
+def job_name(data, settings):
+    """What files are called: the data, and whether its pixels are read one by one, or written."""
+    pixels = "-pixels" * (settings["tokens"] == "pixels")
+    return data.name + ("-next-pixel" if settings["task"] == "next-pixel" else pixels)
 
 
 def as_tokens(images):
@@ -621,12 +642,12 @@ def complete(model, given, length, seed):
     The pixels given are read in one call; then every pixel is a step of the recurrence.
     """
     generator = torch.Generator().manual_seed(seed)
-    logits, states = model(F.pad(given, (1, 0), value=BEGIN), return_state=True)
-    pixels = [given]
+    tokens, states, pixels = F.pad(given, (1, 0), value=BEGIN), None, [given]
     for _ in range(length - given.shape[1]):
-        chances = logits[:, -1, :BEGIN].softmax(-1).cpu()
-        pixels.append(torch.multinomial(chances, 1, generator=generator).to(given))
-        logits, states = model(pixels[-1], states, return_state=True)
+        logits, states = model(tokens, states, return_state=True)
+        chances = logits[:, -1].softmax(-1).cpu()
+        tokens = torch.multinomial(chances, 1, generator=generator).to(given)
+        pixels.append(tokens)
     return torch.cat(pixels, 1)
 
 
@@ -634,24 +655,29 @@ def complete(model, given, length, seed):
 # One run: train, show how it goes, save, test.
 
 class Interrupt:
-    """Ctrl-C asks for a stop between two steps, where a checkpoint is whole; twice stops now."""
+    """Ctrl-C, or SIGTERM, asks for a stop between two steps; a second one stops at once."""
 
     def __enter__(self):
         self.asked = False
-        self.before = signal.signal(signal.SIGINT, self._ask)
+        self.before = {number: signal.signal(number, self._ask)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
         return lambda: self.asked
 
-    def _ask(self, *_):
+    def _ask(self, number, _):
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, self.before[number])
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def fit(trainer, path, stop=lambda: False):
-    """Train to the end, saving after each epoch: -> True, or False if stop() became true."""
-    t, begin = trainer, trainer.step
+    """Train to the end: -> True, or False if stop() became true.
+
+    Saves after each epoch, and after ten minutes if an epoch takes longer.
+    """
+    t, begin, saved = trainer, trainer.step, time.monotonic()
 
     def anyone_stops():                  # all processes must leave after the same step
         if PROCESSES == 1:
@@ -667,12 +693,16 @@ def fit(trainer, path, stop=lambda: False):
             t.train_step()
             if t.step % 20 == 0:
                 show_progress(t)
+            if time.monotonic() - saved > 600:
+                t.save(path)
+                saved = time.monotonic()
         if len(t.scores) == epoch:
             t.save(path)                 # a test can take minutes, and fail
             score = from_first(lambda: t.evaluate(stop))
             if score is not None:
                 t.scores.append(score)
             t.save(path)
+            saved = time.monotonic()
             if score is None:
                 return False
             if RANK == 0:
@@ -769,14 +799,21 @@ def command(trainer):
 
 def default_flags(settings, data):
     """The flags that choose the task and the data set, and so the defaults of the others."""
+    if settings["task"] == "next-pixel":
+        return ["--task", "next-pixel"]
     return (["--dataset", "cifar10"] * data.startswith("cifar10")
-            + ["--task", settings["task"]] * (settings["task"] != "classify"))
+            + ["--tokens", "pixels"] * (settings["tokens"] == "pixels"))
 
 
 def flags(settings, names, defaults):
     """The flags for those of the settings, but for model and seed, that are not the defaults."""
-    return "".join(f" --{name.replace('_', '-')} {settings[name]}" for name in names
-                   if name not in ("model", "seed") and settings[name] != getattr(defaults, name))
+    text = ""
+    for name in names:
+        value, flag = settings[name], name.replace("_", "-")
+        if name not in ("model", "seed") and value != getattr(defaults, name):
+            text += f" --no-{flag}" if value is False else f" --{flag}" if value is True else \
+                f" --{flag} {value}"
+    return text
 
 
 def results_name(data, chosen, seeds):
@@ -797,9 +834,9 @@ def describe(device):
 # --------------------------------------------------------------------------------------------------
 # All models: a table and two figures.
 
-def compare(kind, settings, seeds, data, device, out, resume):
-    """Train every model with every seed; then the table: -> whether all came to the end."""
-    trainers = {model: [] for model in kind.models}
+def compare(kind, settings, models, seeds, data, device, out, resume):
+    """Train the models with every seed; then the table: -> whether all came to the end."""
+    trainers = {model: [] for model in models}
     for seed in dict.fromkeys(seeds):
         for model in trainers:
             trainer = kind(dict(settings, model=model, seed=seed), data, device)
@@ -811,7 +848,9 @@ def compare(kind, settings, seeds, data, device, out, resume):
     rows = [t.result() for runs in trainers.values() for t in runs]
     writing = kind is PixelTrainer
     chosen = flags(settings, SETTINGS, parse(default_flags(settings, data.name)))
-    name = results_name(data.name + "-next-pixel" * writing, chosen, seeds)
+    if set(models) != set(kind.models):
+        chosen += " --models " + " ".join(models)
+    name = results_name(job_name(data, settings), chosen, seeds)
     last = "completions" if writing else "accuracy"
     figures = {f"figures/{name}_loss.png": draw_loss,
                f"figures/{name}_{last}.png": draw_completions if writing else draw_accuracy}
@@ -830,24 +869,29 @@ def mean_sd(values, sign="", digits=2):
     return f"{values.mean():{sign}.{digits}f}{spread}"
 
 
+def by_model(rows):
+    """Rows -> {model: its rows}."""
+    models = dict.fromkeys(row["model"] for row in rows)
+    return {model: [row for row in rows if row["model"] == model] for model in models}
+
+
 def print_table(rows):
     """The README's table: per model mean ± standard deviation; then the difference by seed."""
     print("| model | parameters | test accuracy, % | seconds |\n|---|---|---|---|")
     scores = {}
-    for model in MODELS:
-        runs = [row for row in rows if row["model"] == model]
+    for model, runs in by_model(rows).items():
         scores[model] = [float(row["test_accuracy"]) for row in runs]
         seconds = sum(float(row["seconds"]) for row in runs) / len(runs)
         print(f"| {model} | {runs[0]['params']:,} | {mean_sd(scores[model])} | {seconds:.0f} |")
-    differences = [a - b for a, b in zip(scores["bidirectional"], scores["causal"])]
-    print(f"\nbidirectional minus causal, seed by seed: {mean_sd(differences, '+')}")
+    if {"bidirectional", "causal"} <= set(scores):
+        differences = [a - b for a, b in zip(scores["bidirectional"], scores["causal"])]
+        print(f"\nbidirectional minus causal, seed by seed: {mean_sd(differences, '+')}")
 
 
 def print_bits(rows):
     """The README's table of --task next-pixel."""
     print("| model | parameters | nats per pixel | bits per pixel | seconds |\n" + "|---" * 5 + "|")
-    for model in PixelTrainer.models:
-        runs = [row for row in rows if row["model"] == model]
+    for model, runs in by_model(rows).items():
         nats, bits, seconds = ([float(row[key]) for row in runs] for key in (
             "test_nats_per_pixel", "test_bits_per_pixel", "seconds"))
         print(f"| {model} | {runs[0]['params']:,} | {mean_sd(nats, digits=4)} | "
@@ -942,6 +986,14 @@ def add_places(add, auto):
         help="auto: cuda if there is one, else cpu")
 
 
+def by_job(name, text):
+    """A flag's help: what it is by default."""
+    values = {job: defaults[name] for job, defaults in DEFAULTS.items()}
+    common = values["mnist"]
+    others = "".join(f", of {job} {value}" for job, value in values.items() if value != common)
+    return f"{text}default {common}{others}"
+
+
 def parse(arguments):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -953,22 +1005,26 @@ def parse(arguments):
     add("--tokens", choices=["patches", "pixels"], default="patches",
         help="49 patches, or 784 single pixels; default %(default)s")
     add("--seed", type=seed, default=0, help="default %(default)s")
-    add("--compare", action="store_true", help="every model with every seed of --seeds")
+    add("--compare", action="store_true", help="each of --models with each of --seeds")
+    add("--models", choices=list(MODELS), nargs="+", help="default all that can do it")
     add("--seeds", type=seed, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     add("--quick", action="store_true",
         help="2 epochs of 6,400 images, tested on 1,000; of pixels 640, tested on 100")
     add("--resume", action="store_true", help="go on from the checkpoint")
-    add("--epochs", type=count, help="default 5, of next-pixel 1")
-    add("--batch", type=count, default=64, help="images per step, default %(default)s")
-    add("--lr", type=number(float, 0), help="its peak, default 3e-3, of cifar10 1e-3")
+    add("--epochs", type=count, help=by_job("epochs", ""))
+    add("--batch", type=count, help=by_job("batch", "images per step, "))
+    add("--lr", type=number(float, 0), help=by_job("lr", "its peak, "))
     add("--weight-decay", type=number(float, 0), default=0.05, help="default %(default)s")
     add("--average", type=number(float, 0, 1), default=0.998,
         help="decay per step of the averaged weights, default %(default)s")
-    add("--d-model", type=count, help="width of the tokens, default 64, of cifar10 128")
-    add("--layers", type=count, help="default 2, of next-pixel and cifar10 4")
-    add("--hidden", type=count, default=152,
-        help="width of the RNN, default %(default)s: as many parameters as the default Mamba has")
-    add("--stem", choices=STEMS, default="conv", help="from pixels to tokens, default %(default)s")
+    add("--smoothing", type=number(float, 0, 1), help=by_job("smoothing", "of the labels, "))
+    add("--augment", action=argparse.BooleanOptionalAction,
+        help=by_job("augment", "warp digits; shift and mirror photographs, "))
+    add("--d-model", type=count, help=by_job("d_model", "width of the tokens, "))
+    add("--layers", type=count, help=by_job("layers", "S4 gets twice as many, "))
+    add("--hidden", type=count, help=by_job("hidden", "width of the RNN, "))
+    add("--state", type=count, help=by_job("state", "numbers in the state of S4, even, "))
+    add("--stem", choices=STEMS, help=by_job("stem", "from pixels to tokens, "))
     add("--pool", choices=POOLS, default="mean", help="default %(default)s; classic RNN: last")
     add("--fuse", choices=FUSIONS, default="average", help="both directions, default %(default)s")
     add("--limit", type=count, help="train on so many images only")
@@ -976,22 +1032,30 @@ def parse(arguments):
         help="test on this many training images, held out: for choosing settings")
     add_places(add, "auto: MNIST, or synthetic digits if it cannot be had")
     args = p.parse_args(arguments)
-    pixels = args.task == "next-pixel"
-    args.epochs = args.epochs or (1 if pixels else 2 if args.quick else 5)
-    cifar = args.dataset == "cifar10"
-    args.layers = args.layers or (4 if pixels or cifar else 2)
-    args.d_model = args.d_model or (128 if cifar else 64)
-    args.lr = (1e-3 if cifar else 3e-3) if args.lr is None else args.lr
-    args.model = args.model or ("causal" if pixels else "bidirectional")
+    writing, cifar = args.task == "next-pixel", args.dataset == "cifar10"
+    defaults = DEFAULTS["next-pixel" if writing else "pixels" if args.tokens == "pixels" else
+                        args.dataset]
+    if args.quick and not args.epochs:
+        args.epochs = min(2, defaults["epochs"])
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.model = args.model or ("causal" if writing else "bidirectional")
+    if args.tokens == "pixels" and args.stem != "patch":
+        p.error("--tokens pixels: a token is one pixel, and has no other --stem than patch")
+    if args.state % 2:
+        p.error(f"--state must be even, got {args.state}")
     if cifar and args.data == "synthetic":
         p.error("--data synthetic: there are no synthetic images for cifar10")
-    if pixels:
+    able = (PixelTrainer if writing else ImageTrainer).models
+    args.models = args.models or able
+    if writing:
         args.tokens = "pixels"
         if cifar:
             p.error("--task next-pixel is for grey images: use --dataset mnist")
-        if args.model not in PixelTrainer.models:
-            p.error(f"--task next-pixel: --model must be one of {PixelTrainer.models}, since it "
-                    f"must not see the next pixel and can be written from its state")
+    if not {args.model, *args.models} <= set(able):
+        p.error(f"--task next-pixel: --model must be one of {able}, which do not see the pixel "
+                f"that they guess, and can be run from a state")
     return args
 
 
@@ -1058,7 +1122,8 @@ def train(args):
     settings = {name: getattr(args, name) for name in SETTINGS}
     kind = PixelTrainer if args.task == "next-pixel" else ImageTrainer
     if args.compare:
-        return compare(kind, settings, args.seeds, data, device, args.out, args.resume)
+        return compare(kind, settings, args.models, args.seeds, data, device, args.out,
+                       args.resume)
     trainer = kind(settings, data, device)
     finished = run(trainer, args.out, args.resume)
     if finished and kind is PixelTrainer and RANK == 0:

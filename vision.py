@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from block import ConvS6, RMSNorm, scale_residuals
 
 DIRECTIONS, FUSIONS = ("bidirectional", "causal"), ("average", "concat")
-STEMS, POOLS = ("conv", "patch"), ("mean", "max", "last")
+STEMS, POOLS = ("conv", "wide", "patch"), ("mean", "max", "last")
+POSITIONS = ("patches", "axes")
 
 
 def _choose(name, value, allowed):
@@ -56,6 +57,8 @@ class Stem(nn.Module):
              patch/2, the last one channel by channel, and a linear map to d_model. The same tokens
              in the same order, but each sees more than its patch: 9×9 pixels for a patch of 4. A
              stroke becomes an edge before it becomes a token
+    "wide"   the same, but all three are full convolutions, of d_model/2, d_model and d_model
+             channels: for photographs
     """
 
     def __init__(self, channels, d_model, patch=4, kind="conv"):
@@ -65,12 +68,13 @@ class Stem(nn.Module):
             self.net = nn.Conv2d(channels, d_model, patch, stride=patch)
             return
         if patch not in (2, 4):      # three small kernels see no more than 9×9 pixels
-            raise ValueError(f"the conv stem is made for a patch of 2 or 4, got {patch}")
-        thin, wide = 16, 32
+            raise ValueError(f"the {kind} stem is made for a patch of 2 or 4, got {patch}")
+        thin, wide = (16, 32) if kind == "conv" else (d_model // 2, d_model)
         self.net = nn.Sequential(
             nn.Conv2d(channels, thin, 3, padding=1, bias=False), PixelNorm(thin), nn.SiLU(),
             nn.Conv2d(thin, wide, 3, stride=2, padding=1, bias=False), PixelNorm(wide), nn.SiLU(),
-            nn.Conv2d(wide, wide, 3, stride=patch // 2, padding=1, groups=wide),
+            nn.Conv2d(wide, wide, 3, stride=patch // 2, padding=1,
+                      groups=wide if kind == "conv" else 1),
             nn.Conv2d(wide, d_model, 1))
 
     def forward(self, images):
@@ -79,6 +83,14 @@ class Stem(nn.Module):
             raise ValueError(f"images must have shape (b, {self.channels}, height, width), "
                              f"got {tuple(images.shape)}")
         return self.net(images).flatten(2).transpose(1, 2)                     # (b, l, d_model)
+
+
+def places(position, rows, columns):
+    """A vector for each of rows · columns tokens, (l, d_model), from a table of them or of axes."""
+    if len(position) == rows * columns:
+        return position
+    row, column = position.split([rows, columns])
+    return (row.unsqueeze(1) + column).flatten(0, 1)
 
 
 def _check_divisible(size, patch):
@@ -125,20 +137,22 @@ class ImageClassifier(nn.Module):
     body        module, (b, l, d_model) -> (b, l, width). Mamba here, and in train_mnist.py also the
                 RNN and S4 of rnn.py: models then differ in their body alone
     image_size  (height, width) in pixels, both divisible by patch
-    position    add a learned vector for each place. A recurrence can also count by itself, and
-                where every pixel is a token, the table would cost 50,000 parameters
+    position    the learned vectors that are added: "patches" one for each token, "axes" one for
+                its row and one for its column, since a table of every pixel would be large
     pool        "mean" or "max" over the tokens, or "last": the one at the end of the scan
     Raises ValueError for a size that patch does not divide, and for an unknown stem or pool.
     """
 
     def __init__(self, body, d_model, width, *, image_size=(28, 28), channels=1, patch=4,
-                 classes=10, stem="conv", position=True, pool="mean"):
+                 classes=10, stem="conv", position="patches", pool="mean"):
         super().__init__()
         _check_divisible(image_size, patch)
         self.image_size, self.pool = tuple(image_size), _choose("pool", pool, POOLS)
         self.stem = Stem(channels, d_model, patch, stem)
-        tokens = (image_size[0] // patch) * (image_size[1] // patch)
-        self.position = nn.Parameter(0.02 * torch.randn(tokens, d_model)) if position else 0.0
+        rows, columns = self.grid = image_size[0] // patch, image_size[1] // patch
+        axes = _choose("position", position, POSITIONS) == "axes"
+        places = rows + columns if axes else rows * columns
+        self.position = nn.Parameter(0.02 * torch.randn(places, d_model))
         self.body = body
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, classes)
@@ -148,7 +162,8 @@ class ImageClassifier(nn.Module):
         if images.ndim == 4 and tuple(images.shape[2:]) != self.image_size:
             raise ValueError(f"images must have {self.image_size[0]}x{self.image_size[1]} pixels, "
                              f"got shape {tuple(images.shape)}")
-        x = self.norm(self.body(self.stem(images) + self.position))            # (b, l, width)
+        tokens = self.stem(images) + places(self.position, *self.grid)         # (b, l, d_model)
+        x = self.norm(self.body(tokens))                                       # (b, l, width)
         if self.pool == "mean":
             x = x.mean(1)
         elif self.pool == "max":
@@ -166,3 +181,61 @@ class VisionMamba(ImageClassifier):
         blocks = [VisionBlock(d_model, n, direction=direction, fuse=fuse) for _ in range(layers)]
         scale_residuals(blocks)
         super().__init__(nn.Sequential(*blocks), d_model, d_model, **frame)
+
+
+# --------------------------------------------------------------------------------------------------
+# An image as a text: the next pixel from those before.
+
+GREYS = 256
+BEGIN = GREYS        # the token before the first pixel, and whatever lies above the image
+# What a pixel is guessed from at first sight, as (rows up, columns to the right).
+NEAR = [(0, -1), (0, -2), (0, -3), *((1, right) for right in range(-2, 3)), (2, -1), (2, 0), (2, 1)]
+
+
+class PixelLM(nn.Module):
+    """Tokens (b, l) int64, BEGIN and then pixels -> logits (b, l, 256) for the pixel after each.
+
+    blocks      MambaBlocks, or the S4Blocks of rnn.py: what can be run from a state
+    image_size  (height, width)
+
+    Read row by row, the pixel above is a whole row ago, and a recurrence has no ruler. So its input
+    tells the row and the column of the pixel to be guessed, and the values NEAR it, those that are
+    known: a first layer for this task as the stem is for the other. What is further away, the
+    state must remember.
+    """
+
+    def __init__(self, blocks, d_model, image_size=(28, 28)):
+        super().__init__()
+        self.image_size = tuple(image_size)
+        self.embedding = nn.EmbeddingBag(len(NEAR) * (GREYS + 1), d_model, mode="sum")
+        nn.init.normal_(self.embedding.weight, std=len(NEAR) ** -0.5)
+        self.position = nn.Parameter(torch.randn(sum(image_size), d_model))
+        self.blocks = nn.ModuleList(blocks)
+        scale_residuals(self.blocks)
+        self.norm = RMSNorm(d_model)
+        self.head = nn.Linear(d_model, GREYS)
+
+    def forward(self, tokens, states=None, *, return_state=False):
+        """As MambaLM's; states are the number of tokens read, the last of them, and the blocks'.
+
+        Raises ValueError for more tokens than the image has pixels.
+        """
+        (b, l), (height, width) = tokens.shape, self.image_size
+        back = [up * width - right - 1 for up, right in NEAR]    # token i stands for pixel i-1
+        reach = max(back)
+        place, window, before = states or (
+            0, tokens.new_full((b, reach), BEGIN), [None] * len(self.blocks))
+        if place + l > height * width:
+            raise ValueError(f"PixelLM: {place + l} tokens, and an image of {height}x{width} "
+                             f"pixels takes {height * width}")
+        window, new = torch.cat([window, tokens], 1), []                       # (b, reach + l)
+        near = torch.stack([window[:, reach - i:][:, :l] + kind * (GREYS + 1)
+                            for kind, i in enumerate(back)], -1)               # (b, l, NEAR)
+        x = self.embedding(near.flatten(0, 1)).view(b, l, -1)                  # (b, l, d_model)
+        x = x + places(self.position, height, width)[place:place + l]
+        for block, state in zip(self.blocks, before):
+            out = block(x, state, return_state=return_state)
+            x, state = out if return_state else (out, None)
+            new.append(state)
+        logits = self.head(self.norm(x))                                       # (b, l, 256)
+        return (logits, (place + l, window[:, l:], new)) if return_state else logits
