@@ -68,7 +68,7 @@ DEFAULTS = {
     "next-pixel": {"epochs": 1, "batch": 16, "lr": 3e-3, "smoothing": 0.0, "augment": False,
                    "d_model": 64, "layers": 4, "hidden": 152, "state": 62, "stem": "patch"},
     "cifar10":    {"epochs": 5, "batch": 64, "lr": 3e-3, "smoothing": 0.1, "augment": True,
-                   "d_model": 128, "layers": 4, "hidden": 268, "state": 132, "stem": "wide"},
+                   "d_model": 128, "layers": 4, "hidden": 268, "state": 132, "stem": "deep"},
 }
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from block import ConvS6, RMSNorm, scale_residuals
 
 DIRECTIONS, FUSIONS = ("bidirectional", "causal"), ("average", "concat")
-STEMS, POOLS = ("conv", "wide", "patch"), ("mean", "max", "last")
+STEMS, POOLS = ("conv", "deep", "patch"), ("mean", "max", "last")
 POSITIONS = ("patches", "axes")
 
 
@@ -48,6 +48,12 @@ class PixelNorm(RMSNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+def _conv_norm(inputs, outputs, stride):
+    """A 3×3 convolution that shrinks the image by stride, a norm, and a bend."""
+    return (nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            PixelNorm(outputs), nn.SiLU())
+
+
 class Stem(nn.Module):
     """Images (b, channels, height, width) -> tokens (b, l, d_model), row by row.
 
@@ -57,8 +63,9 @@ class Stem(nn.Module):
              patch/2, the last one channel by channel, and a linear map to d_model. The same tokens
              in the same order, but each sees more than its patch: 9×9 pixels for a patch of 4. A
              stroke becomes an edge before it becomes a token
-    "wide"   the same, but all three are full convolutions, of d_model/2, d_model and d_model
-             channels: for photographs
+    "deep"   for photographs: five full 3×3 convolutions, of d_model/4, d_model/2 and three times
+             d_model channels. The first three shrink the image as above, so the last two are
+             cheap. Each token sees 25×25 pixels for a patch of 4
     """
 
     def __init__(self, channels, d_model, patch=4, kind="conv"):
@@ -69,13 +76,16 @@ class Stem(nn.Module):
             return
         if patch not in (2, 4):      # three small kernels see no more than 9×9 pixels
             raise ValueError(f"the {kind} stem is made for a patch of 2 or 4, got {patch}")
-        thin, wide = (16, 32) if kind == "conv" else (d_model // 2, d_model)
-        self.net = nn.Sequential(
-            nn.Conv2d(channels, thin, 3, padding=1, bias=False), PixelNorm(thin), nn.SiLU(),
-            nn.Conv2d(thin, wide, 3, stride=2, padding=1, bias=False), PixelNorm(wide), nn.SiLU(),
-            nn.Conv2d(wide, wide, 3, stride=patch // 2, padding=1,
-                      groups=wide if kind == "conv" else 1),
-            nn.Conv2d(wide, d_model, 1))
+        if kind == "conv":
+            self.net = nn.Sequential(
+                *_conv_norm(channels, 16, 1), *_conv_norm(16, 32, 2),
+                nn.Conv2d(32, 32, 3, stride=patch // 2, padding=1, groups=32),
+                nn.Conv2d(32, d_model, 1))
+        else:
+            self.net = nn.Sequential(
+                *_conv_norm(channels, d_model // 4, 1), *_conv_norm(d_model // 4, d_model // 2, 2),
+                *_conv_norm(d_model // 2, d_model, patch // 2), *_conv_norm(d_model, d_model, 1),
+                nn.Conv2d(d_model, d_model, 3, padding=1))
 
     def forward(self, images):
         """Raises ValueError for another number of channels."""
