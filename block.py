@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from s6 import S6, script
+from s6 import S6, check_sequence, script
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,7 +85,9 @@ class ConvS6(nn.Module):
         state   the State to go on from, or None
         mask    (b, l) or None: 0 for padding, wherever it stands. The state passes over padding as
                 if it were not there, and y is 0 there
+        Raises ValueError for another width, and as `selective_scan` does.
         """
+        check_sequence(self, a, self.conv1d.in_channels)
         if mask is not None:
             # The convolution would see padding between two words. So padding moves behind the last
             # real token, where a causal model does not look, and in the end y moves back.
@@ -128,6 +130,7 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(d, d_model, bias=False)
 
     def forward(self, x, state=None, mask=None, *, method="auto", return_state=False):
+        check_sequence(self, x, self.in_proj.in_features)
         a, z = self.in_proj(x).chunk(2, dim=-1)                                # (b, l, d) each
         out = self.path(a, state, mask, method=method, return_state=return_state)
         y, state = out if return_state else (out, None)
@@ -145,6 +148,7 @@ class MambaBlock(nn.Module):
 
     def forward(self, x, state=None, mask=None, *, method="auto", return_state=False):
         """x (b, l, d_model) -> the same shape, and with return_state the State after x."""
+        check_sequence(self, x, len(self.norm.weight))
         out = self.mixer(self.norm(x), state, mask, method=method, return_state=return_state)
         return (x + out[0], out[1]) if return_state else x + out
 

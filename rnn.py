@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from s6 import prepare, publish, write_rows
+from s6 import check_sequence, prepare, publish, write_rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -52,6 +52,8 @@ class RNN(nn.Module):
                 nn.init.orthogonal_(weight)      # a rotation fades later than a random matrix
 
     def forward(self, x):
+        """Raises ValueError for another width."""
+        check_sequence(self, x, self.rnn.input_size)
         return self.rnn(x)[0]
 
 
@@ -174,8 +176,7 @@ class S4(nn.Module):
         """
         if mode not in (*MODES, "auto"):
             raise ValueError(f"S4: mode must be \"auto\" or one of {MODES}, got {mode!r}")
-        if x.ndim != 3 or x.shape[2] != len(self.D):
-            raise ValueError(f"S4: x must have shape (b, l, {len(self.D)}), got {tuple(x.shape)}")
+        check_sequence(self, x, len(self.D))
         if mode == "auto":
             mode = "recurrence" if x.shape[1] == 1 else "convolution"
         y, h = self._convolve(x, h, return_state) if mode == "convolution" else self._recur(x, h)
@@ -219,6 +220,7 @@ class S4Block(nn.Module):
 
     def forward(self, x, h=None, *, mode="auto", return_state=False):
         """As S4's forward."""
+        check_sequence(self, x, len(self.norm.weight))
         out = self.s4(self.norm(x), h, mode=mode, return_state=return_state)
         y, h = out if return_state else (out, None)
         y = self.dropout(F.glu(self.out_proj(self.dropout(F.gelu(y)))))

@@ -361,10 +361,13 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
 
     -> y (b, l, d) in x's dtype. The state is accumulated and returned in float32, or in float64 if
     any argument is. A scan of length 1 is the recurrent step. Differentiable once, in every tensor
-    argument and through the state; a second time raises a RuntimeError.
+    argument and through the state; a second time raises a RuntimeError, and so does torch.func.
     Raises ValueError for a wrong shape, dtype, device or name: what was expected and what came.
     """
     _check(x, delta, A, B, C, D, h0, method, discretization)
+    if getattr(torch._C, "_are_functorch_transforms_active", bool)():
+        raise RuntimeError("selective_scan does not work under torch.func (vmap, grad, jvp): put "
+                           "the examples into one batch, and use torch.autograd.grad")
     b, _, d = x.shape
     n, zoh = A.shape[1], discretization == "zoh"
     tensors = [t for t in (x, delta, A, B, C, D, h0) if t is not None]
@@ -431,6 +434,13 @@ def _check(x, delta, A, B, C, D, h0, method, discretization):
 # --------------------------------------------------------------------------------------------------
 # S6, the layer: Algorithm 1 of the paper. Selection is no more than this: Δ, B, C are linear in x.
 
+def check_sequence(layer, x, d):
+    """Raise a ValueError unless x is (b, l, d)."""
+    if x.ndim != 3 or x.shape[2] != d:
+        raise ValueError(f"{type(layer).__name__}: x must have shape (b, l, {d}), "
+                         f"got {tuple(x.shape)}")
+
+
 class S6(nn.Module):
     """x (b, l, d) -> y (b, l, d): Δ, B, C from x, and the scan. Parameters have the official names.
 
@@ -463,6 +473,7 @@ class S6(nn.Module):
         mask (b, l) or None: where it is 0 the token is padding, and leaves the state as it was.
         Raises ValueError as `selective_scan` does.
         """
+        check_sequence(self, x, len(self.D))
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)    # B, C: (b, l, n)
         delta = F.softplus(self.dt_proj(dt))                                   # (b, l, d), > 0
         if mask is not None:

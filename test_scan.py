@@ -14,14 +14,23 @@ files that it tests.
 """
 import contextlib
 import copy
+import gzip
+import hashlib
+import http.server
 import importlib.util
 import io
 import itertools
 import math
 import os
+import pickle
+import random
+import shutil
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 
@@ -29,12 +38,13 @@ import torch
 import torch.nn.functional as F
 
 import block
+import rnn
 import s6
 import train_mnist
 import train_shakespeare
 import visualize_delta
 from block import MambaBlock, MambaLM, causal_conv, generate, load_official, parameter_groups
-from rnn import RNN, S4, S4Block, S4Stack, diagonal_hippo, hippo, memorize, recall, signal
+from rnn import RNN, S4, S4Block, S4Stack, diagonal_hippo, hippo, memorize, recall
 from s6 import S6, definition, selective_scan
 from train_mnist import ImageTrainer, PixelTrainer, UserError
 from train_shakespeare import TextTrainer
@@ -468,7 +478,7 @@ def test_the_state_of_hippo_reconstructs_the_past():
     root = math.sqrt
     A = torch.tensor([[1, 0, 0], [root(3), 2, 0], [root(5), root(15), 3]], dtype=torch.float64)
     allow("A, for n = 3", error(torch.tensor(hippo(3)[0]), -A), 1e-15)
-    x, now = signal(1000), (torch.arange(1000).double() + 0.5) / 1000
+    x, now = rnn.signal(1000), (torch.arange(1000).double() + 0.5) / 1000
     for n, low, high in ((4, 0.9, 1.1), (16, 0.3, 0.7), (32, 0.0, 0.04)):
         past = recall(memorize(x, n)[-1], now.numpy())
         rms = ((past - x) ** 2).mean() ** 0.5 / (x ** 2).mean() ** 0.5
@@ -745,6 +755,18 @@ def replaced(module, name, value):
         yield
     finally:
         setattr(module, name, before)
+
+
+@contextlib.contextmanager
+def inside_temporary_folder():
+    """In here, the working folder is a new one: -> its path."""
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield folder
+        finally:
+            os.chdir(here)
 
 
 def quietly(function, *args):
@@ -1460,10 +1482,606 @@ def test_a_wrong_flag_is_answered_with_what_is_right():
 # --------------------------------------------------------------------------------------------------
 # The runner.
 
+# --------------------------------------------------------------------------------------------------
+# `python test_scan.py --torture`: what a machine, a disk and a network do to a training. Minutes.
+#
+# Each of these functions gets `held`, and calls held(what, truth, why) once per trial.
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SHORT = {          # trainings of seconds, with a checkpoint after each of many epochs
+    "train_mnist.py": ["--data", "synthetic", "--limit", "1600", "--epochs", "8", "--batch", "32",
+                       "--d-model", "16", "--layers", "1"],
+    "train_shakespeare.py": ["--data", "synthetic", "--quick", "--epochs", "8", "--batch", "64",
+                             "--d-model", "16", "--layers", "1"],
+}
+
+
+def command(script, folder, flags):
+    """A script in a process of its own, working in folder: -> Popen."""
+    return subprocess.Popen([sys.executable, os.path.join(HERE, script), *flags], cwd=folder,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            encoding="utf-8")
+
+
+def only_checkpoint(folder):
+    """The one .pt file in a folder, and None as long as there is none."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return next((os.path.join(folder, name) for name in names if name.endswith(".pt")), None)
+
+
+def learned(path):
+    """All tensors of a checkpoint that training has changed, in one vector."""
+    state, found = train_mnist.read_checkpoint(path), []
+
+    def collect(value):
+        if torch.is_tensor(value):
+            found.append(value.double().flatten())
+        elif isinstance(value, (dict, list, tuple)):
+            for part in value.values() if isinstance(value, dict) else value:
+                collect(part)
+
+    collect([state[name] for name in ("model", "average", "optimizer", "losses", "scores")])
+    return torch.cat(found)
+
+
+def torture_killed_and_resumed(held, kills=20):
+    """SIGKILL, half of the times while a checkpoint is being written: the same weights at the end.
+
+    A training that ends before it is killed is compared, and begun anew.
+    """
+    for script, flags in SHORT.items():
+        moments = random.Random(0)
+        with tempfile.TemporaryDirectory() as folder:
+            out, start = os.path.join(folder, "out"), time.perf_counter()
+            _, err = command(script, folder, flags + ["--out", "whole"]).communicate()
+            seconds = time.perf_counter() - start
+            whole = only_checkpoint(os.path.join(folder, "whole"))
+            assert whole, err
+            flags = flags + ["--out", "out"]
+            for kill in range(kills + 1):
+                path = only_checkpoint(out)
+                process = command(script, folder, flags + ["--resume"] * bool(path))
+                if kill < kills:
+                    wait_for_its_moment(process, out, moments.random() * seconds, kill % 2 == 1)
+                    process.kill()
+                _, err = process.communicate()
+                path, code = only_checkpoint(out), process.returncode
+                parts = [name for name in os.listdir(out) if name.endswith(".part")] \
+                    if path else []
+                try:
+                    now = learned(path) if path else None
+                    whole_again = code != 0 or torch.equal(now, learned(whole))
+                    held(f"{script} killed and resumed", whole_again and code in (0, -9, 1),
+                         f"kill {kill}: exit code {code}, other weights: {not whole_again} {err}")
+                except UserError as problem:
+                    held(f"{script} killed and resumed", False, str(problem))
+                print(f"    {script}, kill {kill}: exit code {code}, at step "
+                      f"{train_mnist.read_checkpoint(path)['step'] if path else 0}, "
+                      f"{len(parts)} half-written", flush=True)
+                if code == 0 and kill < kills:
+                    os.remove(path)
+
+
+def wait_for_its_moment(process, out, seconds, while_saving):
+    """Sleep; or look until a checkpoint is being written after half that time."""
+    end = time.perf_counter() + seconds
+    time.sleep(seconds / 2 if while_saving else seconds)
+    while while_saving and process.poll() is None and time.perf_counter() < end + seconds:
+        if os.path.isdir(out) and any(name.endswith(".part") for name in os.listdir(out)):
+            return
+
+
+def torture_interrupted(held, times=5):
+    """Ctrl-C: it ends within a second, saves, and says how to go on."""
+    for script, flags in SHORT.items():
+        for i in range(times):
+            with tempfile.TemporaryDirectory() as folder:
+                process = command(script, folder, flags + ["--out", "out"])
+                while not only_checkpoint(os.path.join(folder, "out")):
+                    time.sleep(0.01)
+                time.sleep(0.1 * i)
+                start = time.perf_counter()
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate()
+                seconds = time.perf_counter() - start
+                said = "--resume goes on" in out and process.returncode == 130
+                print(f"    {script}: {seconds:.2f} s, {out.strip().splitlines()[-1]}", flush=True)
+                held(f"{script}, Ctrl-C: saved, and told how to go on", said, out + err)
+                held(f"{script}, Ctrl-C: ended within a second", seconds < 1, f"{seconds:.2f} s")
+
+
+# --- bad files
+
+def truncated(data, random):
+    return data[:random.randrange(len(data))]
+
+
+def flipped(data, random):
+    data = bytearray(data)
+    for _ in range(random.randint(1, 8)):
+        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    return bytes(data)
+
+
+def noise(data, random):
+    return random.randbytes(len(data))
+
+
+def empty(data, random):
+    return b""
+
+
+class Bomb:
+    """A pickle that would run code: loading it makes a file."""
+
+    def __reduce__(self):
+        return open, ("exploded", "w")
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Permissions mean nothing to root: in here it is another user."""
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def spoil(path, kind, random, other):
+    """Damage the file in one way; other is the checkpoint of another model."""
+    with open(path, "rb") as file:
+        data = file.read()
+    if callable(kind):
+        with open(path, "wb") as file:
+            file.write(kind(data, random))
+    elif kind == "directory":
+        os.remove(path)
+        os.mkdir(path)
+    elif kind == "forbidden":
+        os.chmod(path, 0)
+    elif kind == "another model's":
+        shutil.copy(other, path)
+    elif kind == "code, zipped":
+        torch.save({"settings": {}, "model": Bomb()}, path)
+    else:
+        with open(path, "wb") as file:
+            pickle.dump(Bomb(), file)
+
+
+def snapshot(path):
+    """What is at path, to compare with later."""
+    if os.path.isdir(path):
+        return "a directory"
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def small_mnist(folder):
+    """Random images in MNIST's format: -> the checksums of the four files."""
+    os.makedirs(folder)
+    checksums = {}
+    for name, count in zip(train_mnist.MNIST_MD5, (64, 64, 32, 32)):
+        shape = (count, 28, 28) if "images" in name else (count,)
+        data = struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape)
+        data += random.Random(count).randbytes(math.prod(shape)) if "images" in name else bytes(
+            i % 10 for i in range(count))
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(data)
+        checksums[name] = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    return checksums
+
+
+def torture_bad_files(held, trials=200):
+    """Damage of every kind: one line that names the file, exit code 2, and the file is left alone.
+
+    A flipped bit may hit what nobody reads. Then the checkpoint must be the same as before.
+    """
+    draw, bytewise = random.Random(0), [truncated, flipped, flipped, noise, empty]
+    things = bytewise + ["directory", "forbidden"]
+    models = things + ["another model's", "code", "code, zipped"]
+    tiny = ["--d-model", "16", "--layers", "1"]
+    mnist, text = ["--batch", "32", "--epochs", "1", *tiny], ["--text", "poem.txt", "--batch", "4",
+                                                              "--block", "16", "--epochs", "1"]
+    with inside_temporary_folder() as folder:
+        checksums = small_mnist("data/MNIST/raw")
+        with open("poem.txt", "w", encoding="utf-8") as file:
+            file.write("Rough winds do shake the darling buds of May, é\n" * 20)
+        shutil.copy("poem.txt", "data/tinyshakespeare.txt")
+        poem = hashlib.sha256(snapshot("poem.txt")).hexdigest()
+        with replaced(train_mnist, "MNIST_MD5", checksums), \
+                replaced(train_shakespeare, "SHA256", poem):
+            for script, flags in ((train_mnist, mnist), (train_shakespeare, text + tiny)):
+                code, err = quietly(script.main, flags)
+                assert code == 0, err
+            for where, _, names in os.walk(folder):        # a nobody will work here
+                for path in [where] + [os.path.join(where, name) for name in names]:
+                    os.chmod(path, 0o777)
+            images = "checkpoints/mnist-bidirectional-seed0.pt"
+            words = "checkpoints/text-poem-seed0.pt"
+            targets = [*2 * [(images, train_mnist, mnist + ["--resume"], models, words)],
+                       *2 * [(words, train_shakespeare, text + tiny + ["--resume"], models, images)],
+                       *2 * [(words, train_shakespeare, ["--text", "poem.txt", "--generate", "Ro"],
+                              models, images)],
+                       *((f"data/MNIST/raw/{name}", train_mnist, mnist, things, None)
+                         for name in checksums),
+                       ("data/tinyshakespeare.txt", train_shakespeare, text[2:] + tiny, things,
+                        None)]
+            for trial in range(trials):
+                path, script, flags, kinds, other = targets[trial % len(targets)]
+                bad_file(held, path, script, flags, draw.choice(kinds), draw, other)
+
+
+def bad_file(held, path, script, flags, kind, draw, other):
+    """One trial: spoil a copy, run the script, see what it says, and put the original back."""
+    shutil.copy(path, "original")
+    before = learned(path) if path.endswith(".pt") else None
+    spoil(path, kind, draw, other)
+    spoiled = None if kind == "forbidden" else snapshot(path)
+    name = getattr(kind, "__name__", kind)
+    try:
+        with as_nobody():
+            code, err = quietly(script.main, flags)
+        said = code == 2 and len(err.strip().splitlines()) == 1 and os.path.basename(path) in err
+        why = f"exit code {code}: {err}"
+    except BaseException as problem:
+        said, why = False, f"{type(problem).__name__}: {problem}"
+    if not said and kind is flipped and before is not None:
+        said = code == 0 and torch.equal(before, learned(path))
+    untouched = kind == "forbidden" or snapshot(path) == spoiled or (said and code == 0)
+    what = "checkpoint" if path.endswith(".pt") else "text" if path.endswith(".txt") else \
+        "file of MNIST"
+    held(f"a damaged {what}: one line that names it, exit code 2", said, f"{path}, {name}: {why}")
+    held("the damaged file is left in place", untouched, f"{path}: {name}")
+    held("nothing in it is executed", not os.path.exists("exploded"), f"{path}: {name}")
+    if os.path.isdir(path):
+        os.rmdir(path)
+    elif os.path.exists(path):
+        os.remove(path)
+    shutil.move("original", path)
+
+
+# --- full disks, no permission, no network
+
+def unshared(flags, shell):
+    """A shell command in namespaces of its own (Linux): -> what ran, or None if not allowed to."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", flags, "true"],
+                                                     capture_output=True).returncode:
+        print(f"    not tried: `unshare {flags}` is not to be had here")
+        return None
+    return subprocess.run(["unshare", flags, "sh", "-c", shell], capture_output=True, text=True,
+                          encoding="utf-8", errors="replace",
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+
+
+def torture_full_disk(held):
+    """A disk that is full before, during or after the first checkpoint; and one that is read-only.
+
+    In the end there is one line, exit code 2, and the last checkpoint that was written can be read.
+    """
+    for script, flags in SHORT.items():
+        with tempfile.TemporaryDirectory() as folder:
+            train = f"'{sys.executable}' '{os.path.join(HERE, script)}' " + " ".join(flags)
+            _, err = command(script, folder, flags + ["--epochs", "1"]).communicate()
+            size = os.path.getsize(only_checkpoint(os.path.join(folder, "checkpoints"))) // 1024
+            for part in (0.1, 0.5, 0.9, 1.1, 1.5, 1.9):
+                disk = tempfile.mkdtemp(dir=folder)
+                run = unshared("-rm", f"mount -t tmpfs -o size={int(part * size)}k none {disk} && "
+                               f"cd {disk} && {train}; code=$?; cp -r checkpoints {disk}-kept; "
+                               f"exit $code")
+                if run is None:
+                    return
+                kept = only_checkpoint(f"{disk}-kept")
+                readable = kept is None or bool(train_mnist.read_checkpoint(kept))
+                lines = run.stderr.strip().splitlines()
+                held(f"{script} on a full disk", run.returncode == 2 and len(lines) == 1
+                     and readable and (kept is not None) == (part > 1), run.stdout + run.stderr)
+                print(f"    {script}, room for {part} checkpoints: {lines[-1:]}", flush=True)
+            run = unshared("-rm", f"mount -t tmpfs -o ro none {disk} && cd {disk} && {train}")
+            lines = run.stderr.strip().splitlines()
+            held(f"{script} on a read-only disk", run.returncode == 2 and len(lines) == 1
+                 and "cannot write" in lines[0], run.stderr)
+            print(f"    {script}, read-only: {lines[-1:]}", flush=True)
+
+
+def torture_no_network(held):
+    """Without any network interface: the fallback is announced at once, and trained on."""
+    if unshared("-rn", "true") is None:
+        return
+    for script, flags in SHORT.items():
+        with tempfile.TemporaryDirectory() as folder:
+            start, banner, lines = time.perf_counter(), None, []
+            process = subprocess.Popen(
+                ["unshare", "-rn", sys.executable, "-u", os.path.join(HERE, script), *flags[2:]],
+                cwd=folder, stdout=subprocess.PIPE, text=True, encoding="utf-8",
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+            for line in process.stdout:
+                lines.append(line)
+                if "SYNTHETIC" in line:
+                    banner = time.perf_counter() - start
+            left = [name for _, _, names in os.walk(folder) for name in names]
+            told = banner is not None and any(line.startswith("RESULT") and "synthetic" in line
+                                              for line in lines)
+            print(f"    {script}: announced after {banner:.1f} s, imports included; left {left}")
+            held(f"{script} without a network", told and process.wait() == 0 and len(left) == 1
+                 and banner < 8, "".join(lines))
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves what is in `files`, with the fault that the first part of the path names."""
+    files, stall = {}, 0.0
+
+    def do_GET(self):
+        fault, name = self.path.strip("/").split("/", 1)
+        data = self.files[name]
+        if fault == "missing":
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if fault == "damaged":
+            data = b"?" * len(data)
+        self.wfile.write(data if fault in ("good", "damaged") else data[:len(data) // 2])
+        self.wfile.flush()
+        if fault == "stalled":
+            time.sleep(self.stall)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving(files, stall):
+    """A web server with these files: -> its address."""
+    Server.files, Server.stall = files, stall
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def torture_bad_downloads(held):
+    """A mirror that stalls, breaks off, lies or lacks the file: the next one; else the fallback."""
+    from torchvision.datasets import MNIST
+    with inside_temporary_folder():
+        checksums = small_mnist("site")
+        files = {f"{name}.gz": gzip.compress(snapshot(os.path.join("site", name)))
+                 for name in checksums}
+        text = "Rough winds do shake the darling buds of May,\n" * 20
+        files["input.txt"] = text.encode()
+        resources = [(name, hashlib.md5(data, usedforsecurity=False).hexdigest())
+                     for name, data in files.items() if name.endswith("gz")]
+        poem = hashlib.sha256(text.encode()).hexdigest()
+        with serving(files, 30) as address, replaced(train_mnist, "MNIST_MD5", checksums), \
+                replaced(MNIST, "resources", resources), replaced(train_mnist, "PATIENCE", 1), \
+                replaced(train_shakespeare, "SHA256", poem):
+            for fault, second in itertools.product(("stalled", "broken", "damaged", "missing"),
+                                                   ("good", "same")):
+                sites = [f"{address}/{kind}/" for kind in (fault, fault if second == "same"
+                                                           else second)]
+                folder = f"{fault}-{second}"
+                with replaced(MNIST, "mirrors", sites), \
+                        replaced(train_shakespeare, "URLS", [f"{s}input.txt" for s in sites]):
+                    for load in (train_mnist.load_data, train_shakespeare.load_text):
+                        data, _ = quietly(load, folder)
+                        left = sorted(name for _, _, names in os.walk(folder) for name in names)
+                        what = f"a {fault} file at the first mirror, " + (
+                            "whole at the second" if second == "good" else "and at the second")
+                        good = data.name in ("mnist", "shakespeare")
+                        whole = left == (sorted(checksums) if data.name == "mnist" else
+                                         ["tinyshakespeare.txt"] if good else [])
+                        print(f"    {what}: {data.name}, {left}", flush=True)
+                        held(what, good == (second == "good") and whole, f"{data.name} {left}")
+                        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- fuzzed arguments
+
+def layout(tensor, draw):
+    """The same values in another layout: as it is, transposed, every second one, or expanded."""
+    way = draw.randrange(4)
+    if way == 1 and tensor.ndim > 1:
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if way == 2:
+        return torch.stack([tensor, tensor + 1], -1)[..., 0]
+    if way == 3 and tensor.ndim > 1 and len(tensor) > 0:
+        return tensor[:1].expand_as(tensor)
+    return tensor
+
+
+def random_scan(draw):
+    """Arguments of a valid call of selective_scan, most of them odd: -> tensors, settings."""
+    b, l, d, n = (draw.choice(sizes) for sizes in ((0, 1, 2, 3), (0, 1, 2, 3, 17, 64, 130),
+                                                   (1, 2, 5), (1, 2, 16)))
+    tensors = {"x": torch.randn(b, l, d), "delta": torch.rand(b, l, d), "A": -torch.rand(d, n),
+               "B": torch.randn(b, l, n), "C": torch.randn(b, l, n)}
+    if draw.random() < 0.5:
+        tensors["D"] = torch.randn(d)
+    if draw.random() < 0.5:
+        tensors["h0"] = torch.randn(b, d, n)
+    kinds = [torch.float32] * 3 + [torch.float64, torch.bfloat16, torch.float16]
+    common = draw.choice(kinds)
+    for name, tensor in tensors.items():
+        dtype = common if draw.random() < 0.9 else draw.choice(kinds)
+        tensor = layout(tensor.to(dtype), draw).detach()
+        tensors[name] = tensor.requires_grad_(draw.random() < 0.4)
+    return tensors, {"method": draw.choice(("auto",) + METHODS),
+                     "discretization": draw.choice(DISCRETIZATIONS), "return_state": True}
+
+
+def fuzz_valid(draw):
+    """One valid call, in some mode of autograd: None, or what differs from the definition."""
+    tensors, chosen = random_scan(draw)
+    mode = draw.choice([contextlib.nullcontext, contextlib.nullcontext, torch.no_grad,
+                        torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+    with mode():
+        y, h = selective_scan(**tensors, **chosen)
+    exact = {name: t.detach().double().requires_grad_(t.requires_grad)
+             for name, t in tensors.items()}
+    if tensors["x"].shape[1] == 0:       # `definition` has nothing to stack
+        y_exact, h_exact = exact["x"], exact.get("h0", torch.zeros_like(h).double())
+    else:
+        y_exact, h_exact = definition(**exact, discretization=chosen["discretization"])
+    rough = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(y.dtype, 2e-5)
+    differences = {"y": (y, y_exact, rough), "h": (h, h_exact, 2e-5)}
+    asked = {name: t for name, t in tensors.items() if t.requires_grad}
+    if y.requires_grad and tensors["x"].shape[1]:
+        gradients = torch.autograd.grad(y.double().sum() + h.double().sum(), asked.values())
+        right = torch.autograd.grad(y_exact.sum() + h_exact.sum(), [exact[n] for n in asked])
+        for name, ours, true in zip(asked, gradients, right):
+            rough = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(ours.dtype, 1e-4)
+            differences[f"gradient of {name}"] = ours, true, rough
+    for name, (ours, true, allowed) in differences.items():
+        if ours.shape != true.shape:
+            return f"{name} has shape {tuple(ours.shape)} instead of {tuple(true.shape)}"
+        if ours.numel() and error(ours, true) > allowed:
+            return f"{name} is wrong by {error(ours, true):.1e}, {chosen}"
+
+
+def fuzz_invalid(draw):
+    """One call with one thing wrong: None, or what it did instead of a ValueError in one line."""
+    tensors, chosen = random_scan(draw)
+    name = draw.choice(list(tensors))
+    t = tensors[name].detach()
+    wrong = draw.choice([t.long(), t.to(torch.complex64), t.unsqueeze(0), t.to("meta"), "text",
+                         torch.cat([t, t[..., :1]], -1), torch.cat([t, t[:1], t[:1] + 1])[..., :-1]
+                         if t.ndim > 1 else t[None, None], None])
+    if wrong is None and name in ("D", "h0"):
+        chosen["method"] = "fast"
+    else:
+        tensors[name] = wrong
+    try:
+        selective_scan(**tensors, **chosen)
+    except ValueError as problem:
+        return None if "\n" not in str(problem) else f"many lines: {problem}"
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"
+    return f"{name} = {wrong if wrong is None else getattr(wrong, 'shape', wrong)} was accepted"
+
+
+D_MODEL = 6
+LAYERS = {          # name: a layer, and what it says of another width
+    "S6": lambda: S6(D_MODEL, 4), "ConvS6": lambda: block.ConvS6(D_MODEL, 4),
+    "Mamba": lambda: block.Mamba(D_MODEL, 4), "MambaBlock": lambda: MambaBlock(D_MODEL, 4),
+    "VisionBlock": lambda: VisionBlock(D_MODEL, 4), "RNN": lambda: RNN(D_MODEL, 5),
+    "S4": lambda: S4(D_MODEL, 4), "S4Block": lambda: S4Block(D_MODEL, 4),
+    "S4Stack": lambda: S4Stack(D_MODEL, 2, 4),
+}
+
+
+def fuzz_layer(name, draw):
+    """A layer, a random shape, half of the time a wrong one: None, or what it did wrong."""
+    layer, dtype = LAYERS[name](), draw.choice([torch.float32, torch.float64])
+    x = torch.randn(draw.choice((1, 2, 3)), draw.choice((1, 2, 17, 70)), D_MODEL, dtype=dtype)
+    layer = layer.to(dtype) if not name.startswith("S4") else layer.to(dtype)
+    if draw.random() < 0.5:
+        x = draw.choice([x[0], x[..., :-1], x.unsqueeze(0), x.transpose(1, 2)[..., :D_MODEL - 1]])
+        try:
+            layer(x)
+        except ValueError as problem:
+            return None if "\n" not in str(problem) else f"{name}, many lines: {problem}"
+        except Exception as problem:
+            return f"{name}: {type(problem).__name__}: {problem}"
+        return f"{name} took {tuple(x.shape)}"
+    y = layer(layout(x, draw))
+    return None if y.shape[:2] == x.shape[:2] and y.isfinite().all() else f"{name}: {y.shape}"
+
+
+def torture_fuzzed_arguments(held, calls=2000):
+    """Random calls, right and wrong ones, of the scan and of every layer; and not finite."""
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    for _ in range(calls):
+        problem = fuzz_valid(draw)
+        held("selective_scan, valid: the definition in float64", problem is None, problem)
+        problem = fuzz_invalid(draw)
+        held("selective_scan, invalid: a ValueError in one line", problem is None, problem)
+        tensors, chosen = random_scan(draw)
+        bad = {name: torch.where(torch.rand(t.shape) < 0.2, draw.choice((math.nan, math.inf,
+               -math.inf, 3e38, -1.0, 0.0)), t.detach()) for name, t in tensors.items()}
+        held("selective_scan, not finite: comes back", selective_scan(**bad, **chosen) is not None,
+             "")
+    for _ in range(calls // len(LAYERS) + 1):
+        for name in LAYERS:
+            problem = fuzz_layer(name, draw)
+            held("layers: right shapes, or a ValueError in one line", problem is None, problem)
+    x, delta, A, B, C, _, _ = constants(b=2, l=20)
+    for what, function in {
+            "vmap": lambda: torch.func.vmap(lambda x: selective_scan(x, delta, A, B, C))(x[None]),
+            "func.grad": lambda: torch.func.grad(
+                lambda x: selective_scan(x, delta, A, B, C).sum())(x),
+            "jvp": lambda: torch.func.jvp(lambda x: selective_scan(x, delta, A, B, C), (x,), (x,)),
+            "a second derivative": lambda: torch.autograd.grad(torch.autograd.grad(
+                selective_scan(x.requires_grad_(), delta, A, B, C).square().sum(), x,
+                create_graph=True)[0].sum(), x)}.items():
+        try:
+            function()
+            held("torch.func and second derivatives are refused in one sentence", False, what)
+        except RuntimeError as problem:
+            print(f"    {what}: {problem}")
+            held("torch.func and second derivatives are refused in one sentence",
+                 "\n" not in str(problem) and "selective_scan" in str(problem), str(problem))
+
+
+# --- numbers
+
+def torture_long_scans(held, l=2 ** 20):
+    """A million tokens with Δ from 1e-6 to 1e3: relative error of y and h at most 1e-4."""
+    torch.manual_seed(0)
+    for delta, method, z in itertools.product((1e-6, 1e-3, 1.0, 1e3, "mixed"), METHODS,
+                                              DISCRETIZATIONS):
+        delta = torch.full((1, l, 1), delta) if delta != "mixed" else \
+            10 ** torch.empty(1, l, 1).uniform_(-6, 3)
+        x, B, C = torch.randn(1, l, 1), torch.randn(1, l, 2), torch.randn(1, l, 2)
+        inputs = x, delta, -torch.tensor([[1.0, 16.0]]), B, C
+        ours = selective_scan(*inputs, method=method, discretization=z, return_state=True)
+        exact = selective_scan(*(t.double() for t in inputs), method="sequential",
+                               discretization=z, return_state=True)
+        worst = max(error(a, b) for a, b in zip(ours, exact))
+        print(f"    Δ {delta.min():.0e} … {delta.max():.0e}, {method}, {z}: {worst:.1e}",
+              flush=True)
+        held("a scan of 2^20 tokens, relative error at most 1e-4", worst <= 1e-4, f"{worst:.1e}")
+
+
+class Tally(dict):
+    """Counts of trials and of those that held, by what was promised."""
+
+    def __call__(self, what, truth, why=""):
+        tried, held = self.get(what, (0, 0))
+        self[what] = tried + 1, held + bool(truth)
+        if not truth:
+            print(f"    NOT HELD: {what}: {str(why).strip()}", flush=True)
+
+
+def torture(words):
+    """Run the torture_* functions (those that contain one of the words): a table of tried, held."""
+    held, start = Tally(), time.perf_counter()
+    for name, function in list(globals().items()):
+        if name.startswith("torture_") and (not words or any(word in name for word in words)):
+            print(name[8:].replace("_", " "), flush=True)
+            function(held)
+    print("\n| what | tried | held |\n|---|---|---|")
+    for what, (tried, good) in held.items():
+        print(f"| {what} | {tried:,} | {good:,} |")
+    print(f"\n{time.perf_counter() - start:.0f} s, torch {torch.__version__}, "
+          f"Python {sys.version.split()[0]}, {sys.platform}")
+    return 0 if all(tried == good for tried, good in held.values()) else 1
+
+
 def main(words):
     if hasattr(sys.stdout, "reconfigure"):       # a Windows log may not know Δ
         sys.stdout.reconfigure(errors="replace")
     torch.set_num_threads(min(2, torch.get_num_threads()))
+    if "--torture" in words:
+        return torture([word for word in words if word != "--torture"])
     tests = [(name, test) for name, test in globals().items() if name.startswith("test_")
              and (not words or any(word in name for word in words))]
     failed, start = [], time.perf_counter()

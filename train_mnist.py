@@ -29,7 +29,6 @@ Left out: worker processes. The data set fits in memory as one tensor; a batch i
 Read before: vision.py and rnn.py. Read next: train_shakespeare.py.
 """
 import argparse
-import contextlib
 import copy
 import hashlib
 import math
@@ -237,8 +236,11 @@ def download_mnist(data_dir, raw):
     """Let torchvision download into a folder of its own, then move whole files into place."""
     from torchvision.datasets import MNIST
     os.makedirs(data_dir, exist_ok=True)
-    with impatience(), tempfile.TemporaryDirectory(dir=data_dir) as folder:
-        MNIST(folder, download=True)
+    with tempfile.TemporaryDirectory(dir=data_dir) as folder:
+        def fetch(mirror):               # torchvision itself gives up where a mirror stalls
+            type("MNIST", (MNIST,), {"mirrors": [mirror]})(folder, download=True)
+
+        try_each(MNIST.mirrors, fetch)
         os.makedirs(raw, exist_ok=True)
         for name in MNIST_MD5:
             os.replace(os.path.join(folder, "MNIST", "raw", name), os.path.join(raw, name))
@@ -284,20 +286,27 @@ def download_cifar(data_dir, files):
     """Let torchvision download and verify in a folder of its own, then move all into place."""
     from torchvision.datasets import CIFAR10
     os.makedirs(data_dir, exist_ok=True)
-    with impatience(), tempfile.TemporaryDirectory(dir=data_dir) as folder:
-        CIFAR10(folder, download=True)
+    with tempfile.TemporaryDirectory(dir=data_dir) as folder:
+        try_each([folder], lambda folder: CIFAR10(folder, download=True))
         os.replace(os.path.join(folder, CIFAR10.base_folder), files)
 
 
-@contextlib.contextmanager
-def impatience(seconds=10):
-    """In here a stalled download is given up after so many seconds."""
+PATIENCE = 10        # seconds without a byte, after which a download is given up
+
+
+def try_each(addresses, fetch):
+    """fetch(address) for one after the other until it succeeds; raises what the last one raised."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+    socket.setdefaulttimeout(PATIENCE)
     try:
-        yield
+        for address in addresses:
+            try:
+                return fetch(address)
+            except Exception as error:   # no network, or what a broken download raises
+                problem = error
     finally:
         socket.setdefaulttimeout(before)
+    raise problem
 
 
 def synthetic_digits(train=20000, test=4000):

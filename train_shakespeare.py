@@ -40,14 +40,15 @@ import torch.nn.functional as F
 from block import MambaLM, State, generate
 from s6 import write_rows
 from train_mnist import (RANK, Trainer, UserError, add_places, begun, check_writable,
-                         choose_device, describe, first_line, flags, gather, guard, impatience,
-                         join, mean_sd, number, read_checkpoint, results_name, run, share,
+                         choose_device, describe, first_line, flags, gather, guard, join, mean_sd,
+                         number, read_checkpoint, results_name, run, share, try_each,
                          write_atomically)
 
 SETTINGS = ("seed", "epochs", "batch", "block", "lr", "weight_decay", "average", "forget",
             "d_model", "layers")
 
-URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+URLS = ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt"]
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -111,8 +112,8 @@ def load_text(data_dir, source="auto", path=None):
 
 def download(path):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with impatience():                   # it verifies the file before it moves it to its place
-        torch.hub.download_url_to_file(URL, path, SHA256, progress=False)
+    # It verifies the file before it moves it to its place.
+    try_each(URLS, lambda url: torch.hub.download_url_to_file(url, path, SHA256, progress=False))
 
 
 def name_of(path):

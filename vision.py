@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from block import ConvS6, RMSNorm, scale_residuals
+from s6 import check_sequence
 
 DIRECTIONS, FUSIONS = ("bidirectional", "causal"), ("average", "concat")
 STEMS, POOLS = ("conv", "deep", "patch"), ("mean", "max", "last")
@@ -125,6 +126,8 @@ class VisionBlock(nn.Module):
         self.out_proj = nn.Linear(d if fuse == "average" else 2 * d, d_model, bias=False)
 
     def forward(self, x):
+        """Raises ValueError for another width."""
+        check_sequence(self, x, len(self.norm.weight))
         a, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)                     # (b, l, d) each
         first, gate = self.first(a), F.silu(z)
         if self.direction == "bidirectional":
