@@ -43,6 +43,7 @@ import csv
 import math
 import os
 import platform
+import sys
 import tempfile
 import time
 import warnings
@@ -569,7 +570,7 @@ def prepare():
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise SystemExit(f"cannot write here ({error}): run this in a folder of your own")
+        _stop(f"cannot write here ({error}): run this in a folder of your own")
 
 
 def publish(path, write, *arguments):
@@ -578,8 +579,17 @@ def publish(path, write, *arguments):
         write(path + ".part", *arguments)
         os.replace(path + ".part", path)
     except OSError as error:
-        raise SystemExit(f"cannot write {path} ({error}): is the disk full?")
+        _stop(f"cannot write {path} ({error}): is the disk full?")
+    finally:
+        if os.path.exists(path + ".part"):
+            os.remove(path + ".part")
     print(f"wrote {path}")
+
+
+def _stop(message):
+    """End with one line on stderr and the exit code for what the user can mend."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
 
 
 def write_rows(path, rows):

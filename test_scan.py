@@ -1489,8 +1489,8 @@ def test_a_wrong_flag_is_answered_with_what_is_right():
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHORT = {          # trainings of seconds, with a checkpoint after each of many epochs
-    "train_mnist.py": ["--data", "synthetic", "--limit", "1600", "--epochs", "8", "--batch", "32",
-                       "--d-model", "16", "--layers", "1"],
+    "train_mnist.py": ["--data", "synthetic", "--limit", "1600", "--holdout", "100", "--epochs",
+                       "8", "--batch", "32", "--d-model", "16", "--layers", "1"],
     "train_shakespeare.py": ["--data", "synthetic", "--quick", "--epochs", "8", "--batch", "64",
                              "--d-model", "16", "--layers", "1"],
 }
@@ -1703,10 +1703,11 @@ def torture_bad_files(held, trials=200):
                     os.chmod(path, 0o777)
             images = "checkpoints/mnist-bidirectional-seed0.pt"
             words = "checkpoints/text-poem-seed0.pt"
-            targets = [*2 * [(images, train_mnist, mnist + ["--resume"], models, words)],
-                       *2 * [(words, train_shakespeare, text + tiny + ["--resume"], models, images)],
-                       *2 * [(words, train_shakespeare, ["--text", "poem.txt", "--generate", "Ro"],
-                              models, images)],
+            targets = [(images, train_mnist, mnist + ["--resume"], models, words),
+                       (words, train_shakespeare, text + tiny + ["--resume"], models, images),
+                       (words, train_shakespeare, ["--text", "poem.txt", "--generate", "Rough"],
+                        models, images)]
+            targets = [*targets, *targets,
                        *((f"data/MNIST/raw/{name}", train_mnist, mnist, things, None)
                          for name in checksums),
                        ("data/tinyshakespeare.txt", train_shakespeare, text[2:] + tiny, things,

@@ -30,6 +30,7 @@ Read before: vision.py and rnn.py. Read next: train_shakespeare.py.
 """
 import argparse
 import copy
+import glob
 import hashlib
 import math
 import os
@@ -751,6 +752,8 @@ def show_epoch(trainer):
 def run(trainer, out, resume):
     """Train, from the checkpoint in the folder out if resume: -> whether it came to the end."""
     t, path = trainer, trainer.path(out)
+    if RANK == 0:
+        remove_parts(path)
     if resume:
         t.load(path)
     elif RANK == 0:
@@ -778,6 +781,12 @@ def run(trainer, out, resume):
 def begun(trainer, out):
     """Whether there is a checkpoint to go on from."""
     return from_first(lambda: os.path.exists(trainer.path(out)))
+
+
+def remove_parts(path):
+    """Delete what a training that was killed while it wrote path has left behind."""
+    for part in glob.glob(glob.escape(path) + ".*.part"):
+        os.remove(part)
 
 
 def set_aside(path):

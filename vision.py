@@ -9,6 +9,9 @@ knows what the lower right looks like. The bidirectional block scans the same to
 time with a convolution and an S6 of its own, the second time in reverse, and fuses the two outputs
 by average or concatenation. (Vision Mamba adds them; half the sum starts as large as one scan.)
 
+Where the tokens are single pixels, the same image can also be written: `PixelLM` guesses each pixel
+from those before it, and then draws.
+
 direction="causal" is the control: the same two branches, parameters and cost, and the second branch
 is merely not reversed. What differs between the two models is the direction, and nothing else.
 
