@@ -57,18 +57,23 @@ MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c", "rnn
 
 # What decides the outcome of a run, besides the data: a checkpoint goes on under the same only.
 SETTINGS = ("task", "model", "tokens", "seed", "epochs", "batch", "lr", "weight_decay", "smoothing",
-            "average", "augment", "d_model", "layers", "hidden", "state", "stem", "pool", "fuse")
+            "average", "augment", "bf16", "d_model", "layers", "hidden", "state", "stem", "pool",
+            "fuse")
 
 # Each is a flag. --hidden of the RNN and --state of S4 give them the parameters of Mamba, to 1 %.
 DEFAULTS = {
-    "mnist":      {"epochs": 5, "batch": 64, "lr": 3e-3, "smoothing": 0.0, "augment": True,
-                   "d_model": 64, "layers": 2, "hidden": 152, "state": 92, "stem": "conv"},
-    "pixels":     {"epochs": 1, "batch": 32, "lr": 3e-3, "smoothing": 0.0, "augment": False,
-                   "d_model": 64, "layers": 2, "hidden": 153, "state": 92, "stem": "patch"},
-    "next-pixel": {"epochs": 1, "batch": 16, "lr": 3e-3, "smoothing": 0.0, "augment": False,
-                   "d_model": 64, "layers": 4, "hidden": 152, "state": 62, "stem": "patch"},
-    "cifar10":    {"epochs": 5, "batch": 64, "lr": 3e-3, "smoothing": 0.1, "augment": True,
-                   "d_model": 128, "layers": 4, "hidden": 268, "state": 132, "stem": "deep"},
+    "mnist": {
+        "seeds": [0, 1, 2], "epochs": 5, "batch": 64, "lr": 3e-3, "smoothing": 0.0,
+        "augment": True, "d_model": 64, "layers": 2, "hidden": 152, "state": 92, "stem": "conv"},
+    "pixels": {
+        "seeds": [0], "epochs": 1, "batch": 32, "lr": 3e-3, "smoothing": 0.0,
+        "augment": False, "d_model": 64, "layers": 2, "hidden": 153, "state": 92, "stem": "patch"},
+    "next-pixel": {
+        "seeds": [0], "epochs": 1, "batch": 16, "lr": 3e-3, "smoothing": 0.0,
+        "augment": False, "d_model": 64, "layers": 4, "hidden": 152, "state": 62, "stem": "patch"},
+    "cifar10": {
+        "seeds": [0], "epochs": 5, "batch": 64, "lr": 3e-3, "smoothing": 0.1,
+        "augment": True, "d_model": 128, "layers": 4, "hidden": 268, "state": 132, "stem": "deep"},
 }
 
 
@@ -559,9 +564,14 @@ class ImageTrainer(Trainer):
             images = crop_and_flip(images)
         return normalize(images), self.data.train_labels[index]
 
+    def autocast(self):
+        """With --bf16, matrix products and convolutions in bfloat16; the weights stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["bf16"])
+
     def loss(self):
         images, labels = map(share, self.batch())
-        logits = self.net(images)
+        with self.autocast():
+            logits = self.net(images).float()
         hits = (logits.detach().argmax(1) == labels).float().mean()
         smoothing = self.settings["smoothing"]
         return F.cross_entropy(logits, labels, label_smoothing=smoothing), hits
@@ -618,7 +628,8 @@ class PixelTrainer(ImageTrainer):
 
     def loss(self):
         inputs, pixels = map(share, as_tokens(self.data.train_images[self.index()]))
-        logits = self.net(inputs)
+        with self.autocast():
+            logits = self.net(inputs).float()
         hits = (logits.detach().argmax(-1) == pixels).float().mean()
         return F.cross_entropy(logits.flatten(0, 1), pixels.flatten()), hits
 
@@ -834,10 +845,10 @@ def flags(settings, names, defaults):
     return text
 
 
-def results_name(data, chosen, seeds):
+def results_name(data, chosen, seeds, usual=(0, 1, 2)):
     """What a table and its figures are called: the data, and the flags that are not the default."""
     name = data + chosen.replace(" --", "-").replace(" ", "-")
-    return name + ("" if seeds == [0, 1, 2] else "-seeds-" + "-".join(map(str, seeds)))
+    return name + ("" if seeds == list(usual) else "-seeds-" + "-".join(map(str, seeds)))
 
 
 def describe(device):
@@ -865,13 +876,17 @@ def compare(kind, settings, models, seeds, data, device, out, resume):
         return True
     rows = [t.result() for runs in trainers.values() for t in runs]
     writing = kind is PixelTrainer
-    chosen = flags(settings, SETTINGS, parse(default_flags(settings, data.name)))
+    defaults = parse(default_flags(settings, data.name))
+    chosen = flags(settings, SETTINGS, defaults)
     if set(models) != set(kind.models):
         chosen += " --models " + " ".join(models)
-    name = results_name(job_name(data, settings), chosen, seeds)
-    last = "completions" if writing else "accuracy"
-    figures = {f"figures/{name}_loss.png": draw_loss,
-               f"figures/{name}_{last}.png": draw_completions if writing else draw_accuracy}
+    name = results_name(job_name(data, settings), chosen, seeds, defaults.seeds)
+    figures = {f"figures/{name}_loss.png": draw_loss}
+    if not writing:
+        figures[f"figures/{name}_accuracy.png"] = draw_accuracy
+    else:
+        prefix = "" if name == "mnist-next-pixel" else name + "_"
+        figures[f"figures/{prefix}completions.png"] = draw_completions
     write_atomically(f"results/{name}.csv", lambda part: write_rows(part, rows))
     for path, draw in figures.items():
         write_atomically(path, lambda part: draw(part, trainers))
@@ -1006,7 +1021,7 @@ def add_places(add, auto):
 
 def by_job(name, text):
     """A flag's help: what it is by default."""
-    values = {job: defaults[name] for job, defaults in DEFAULTS.items()}
+    values = {job: str(defaults[name]).strip("[]") for job, defaults in DEFAULTS.items()}
     common = values["mnist"]
     others = "".join(f", of {job} {value}" for job, value in values.items() if value != common)
     return f"{text}default {common}{others}"
@@ -1025,7 +1040,7 @@ def parse(arguments):
     add("--seed", type=seed, default=0, help="default %(default)s")
     add("--compare", action="store_true", help="each of --models with each of --seeds")
     add("--models", choices=list(MODELS), nargs="+", help="default all that can do it")
-    add("--seeds", type=seed, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    add("--seeds", type=seed, nargs="+", help=by_job("seeds", ""))
     add("--quick", action="store_true",
         help="2 epochs of 6,400 images, tested on 1,000; of pixels 640, tested on 100")
     add("--resume", action="store_true", help="go on from the checkpoint")
@@ -1038,6 +1053,7 @@ def parse(arguments):
     add("--smoothing", type=number(float, 0, 1), help=by_job("smoothing", "of the labels, "))
     add("--augment", action=argparse.BooleanOptionalAction,
         help=by_job("augment", "warp digits; shift and mirror photographs, "))
+    add("--bf16", action="store_true", help="matrix products in bfloat16, all else in float32")
     add("--d-model", type=count, help=by_job("d_model", "width of the tokens, "))
     add("--layers", type=count, help=by_job("layers", "S4 gets twice as many, "))
     add("--hidden", type=count, help=by_job("hidden", "width of the RNN, "))
