@@ -6,19 +6,21 @@
     python train_mnist.py --tokens pixels    each of the 784 pixels is a token
     python train_mnist.py --task next-pixel  guess each pixel from those before, and draw digits
     python train_mnist.py --dataset cifar10  coloured images, with settings of their own
-    python train_mnist.py --quick            a first look in under a minute
-    python train_mnist.py --compare          every model, three seeds: the README's table, figures
+    python train_mnist.py --quick            a first look in about a minute
+    python train_mnist.py --compare          every model, every seed: the README's tables, figures
     python train_mnist.py --resume           go on after Ctrl-C, on a CPU to the same weights
     torchrun --nproc_per_node=2 train_mnist.py           each of two processes takes half the batch
 
 Every model gets the same tokens (the stem), the same pooling, a linear head, the same number of
 parameters to 1 %, the same augmented images, optimizer and schedule. What differs is the body that
-reads the 49 tokens. (The budgets are made even for the default settings.)
+reads the tokens. (The budgets are made even for the default settings.)
 
 The recipe: AdamW, its learning rate rising over the first tenth of the steps and then falling to
-zero along a cosine; small random affine warps; and a moving average of the weights, which is what
-is tested. It was chosen on 5,000 images held out of the training set (`--holdout 5000`). The test
-set decided nothing: it is measured after each epoch for the figure, and the table takes the last.
+zero along a cosine; small random affine warps (photographs are shifted and mirrored, and their
+labels smoothed; single pixels are read once and left alone); and a moving average of the weights,
+which is what is tested. It was chosen on 5,000 images held out of the training set
+(`--holdout 5000`). The test set decided nothing: it is measured after each epoch for the figure,
+and the table takes the last.
 
 No network and no files: digits drawn with matplotlib's fonts stand in for MNIST, and are announced
 and labelled so.
