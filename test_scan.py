@@ -3,11 +3,14 @@
     python test_scan.py                all tests, in a minute or two; the last line counts them
     python test_scan.py padding zoh    those whose name contains one of the words
     pytest test_scan.py                the same tests, for those who have pytest
+    python test_scan.py --torture      kills, damage, full disks, no network, random arguments: a
+                                       table of tried and held after half an hour; also by words
 
 Each test is a sentence that is true, and says which bug would make it false. It prints the error
 that it found beside the error that it allows. Read them as a lesson: two steps by hand, then the
 equation against every faster way to compute it, then what follows from the equation, the models,
-the training scripts, the look at Δ, and last what each of them says when something is wrong.
+the training scripts, the look at Δ, what each of them says when something is wrong, and last the
+torture.
 
 Read before: s6.py. Read now as far as "The layers and models", then block.py, and the rest with the
 files that it tests.
