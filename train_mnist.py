@@ -946,8 +946,8 @@ def draw_completions(path, trainers, count=10):
     figure = Figure(figsize=(count, 0.95 * len(rows) + 0.4), layout="constrained")
     for row, (name, pixels) in zip(figure.subplots(len(rows), count), rows.items()):
         shown = F.pad(pixels.float(), (0, length - pixels.shape[1]), value=math.nan).cpu()
-        for ax, image in zip(row, shown):
-            ax.imshow(image.view(data.test_images.shape[2:]), cmap="gray_r", vmin=0, vmax=255)
+        for ax, image in zip(row, shown.view(count, *data.test_images.shape[2:]).numpy()):
+            ax.imshow(image, cmap="gray_r", vmin=0, vmax=255)
             ax.axhline(data.test_images.shape[2] / 2 - 0.5, color="#d62728", linewidth=0.8)
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")

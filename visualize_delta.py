@@ -246,10 +246,10 @@ def draw_digit(path, pixels, gates, title):
     figure = Figure(figsize=(2.2 * len(gates["trained"]) + 2.8, 4.6), layout="constrained")
     axes, side = figure.subplots(2, len(gates["trained"]) + 1), len(pixels)
     for row, (name, scans) in zip(axes, gates.items()):
-        row[0].imshow(pixels, cmap="gray_r", extent=(0, side, side, 0))
+        row[0].imshow(pixels.numpy(), cmap="gray_r", extent=(0, side, side, 0))
         row[0].set_ylabel(name, fontsize=12)
         for ax, ((label, backward), ratio) in zip(row[1:], scans.items()):
-            shown = ax.imshow(on_grid(ratio[0], backward), cmap="RdBu_r", norm=norm,
+            shown = ax.imshow(on_grid(ratio[0], backward).numpy(), cmap="RdBu_r", norm=norm,
                               extent=(0, side, side, 0))
             middle = torch.arange(side) + 0.5
             ax.contour(middle, middle, pixels, levels=[127], colors="black", linewidths=1)
@@ -398,14 +398,14 @@ def draw_frame(figure, pixels, seen, step):
     norm = gate_scale(delta for _, _, delta, _ in seen)
     axes = [figure.add_axes((0.03 + 0.31 * i, 0.4, 0.27, 0.46)) for i in range(3)]
     below = figure.add_axes((0.1, 0.12, 0.81, 0.21))
-    axes[0].imshow(pixels, cmap="gray_r", extent=(0, size, size, 0))
+    axes[0].imshow(pixels.numpy(), cmap="gray_r", extent=(0, size, size, 0))
     axes[0].set_title(f"after {step} of {length} tokens", fontsize=9)
     for ax, color, (label, backward, delta, moves) in zip(axes[1:], ("#17becf", "#ff7f0e"), seen):
         place = length - step if backward else step - 1
         axes[0].add_patch(Rectangle((place % side * patch, place // side * patch), patch, patch,
                                     fill=False, edgecolor=color, linewidth=2.5))
         known = torch.where(torch.arange(length) < step, delta, math.nan)
-        shown = ax.imshow(on_grid(known, backward), cmap="RdBu_r", norm=norm,
+        shown = ax.imshow(on_grid(known, backward).numpy(), cmap="RdBu_r", norm=norm,
                           extent=(0, size, size, 0))
         ax.set_facecolor("0.85")
         ax.set_title(f"Δ / resting, {label}", fontsize=9, color=color)
@@ -808,8 +808,8 @@ def draw_grid(path, found, longest):
         runs = [dict(pairs) for (model, _), pairs in found.items() if model == name]
         columns = [depth_grid([run[2 ** i] for run in runs]) if all(2 ** i in run for run in runs)
                    else torch.full((8,), math.nan) for i in range(6, longest + 1)]
-        shown = ax.imshow(torch.stack(columns, 1), cmap="RdYlBu", vmin=0, vmax=100, aspect="auto",
-                          extent=(5.5, longest + 0.5, 100, 0))
+        shown = ax.imshow(torch.stack(columns, 1).numpy(), cmap="RdYlBu", vmin=0, vmax=100,
+                          aspect="auto", extent=(5.5, longest + 0.5, 100, 0))
         ax.set_title(MODELS[name][1], fontsize=9)
         ax.set_xlabel("length, tokens")
         ax.set_xticks(range(6, longest + 1, 4), [f"$2^{{{i}}}$" for i in range(6, longest + 1, 4)])
