@@ -2135,7 +2135,10 @@ class Tally(dict):
 
 
 def torture(words):
-    """Run the torture_* functions (those that contain one of the words): a table of tried, held."""
+    """Run the torture_* functions (those that contain one of the words): a table of tried, held.
+
+    All of them together also write it to results/torture.csv.
+    """
     held, start = Tally(), time.perf_counter()
     for name, function in list(globals().items()):
         if name.startswith("torture_") and (not words or any(word in name for word in words)):
@@ -2146,6 +2149,12 @@ def torture(words):
         print(f"| {what} | {tried:,} | {good:,} |")
     print(f"\n{time.perf_counter() - start:.0f} s, torch {torch.__version__}, "
           f"Python {sys.version.split()[0]}, {sys.platform}")
+    if not words:
+        machine = {"torch": torch.__version__, "python": sys.version.split()[0],
+                   "platform": sys.platform, "command": "python test_scan.py --torture"}
+        train_mnist.write_atomically("results/torture.csv", lambda part: s6.write_rows(part, [
+            {"what": what, "tried": tried, "held": good, **machine}
+            for what, (tried, good) in held.items()]))
     return 0 if all(tried == good for tried, good in held.values()) else 1
 
 
