@@ -362,13 +362,11 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
 
     -> y (b, l, d) in x's dtype. The state is accumulated and returned in float32, or in float64 if
     any argument is. A scan of length 1 is the recurrent step. Differentiable once, in every tensor
-    argument and through the state; a second time raises a RuntimeError, and so does torch.func.
+    argument and through the state, by reverse mode: a second time raises a RuntimeError, and so do
+    the transforms of torch.func.
     Raises ValueError for a wrong shape, dtype, device or name: what was expected and what came.
     """
     _check(x, delta, A, B, C, D, h0, method, discretization)
-    if getattr(torch._C, "_are_functorch_transforms_active", bool)():
-        raise RuntimeError("selective_scan does not work under torch.func (vmap, grad, jvp): put "
-                           "the examples into one batch, and use torch.autograd.grad")
     b, _, d = x.shape
     n, zoh = A.shape[1], discretization == "zoh"
     tensors = [t for t in (x, delta, A, B, C, D, h0) if t is not None]
@@ -405,6 +403,10 @@ def _pieces(x, n, method):
 
 def _check(x, delta, A, B, C, D, h0, method, discretization):
     """Raise a ValueError that names the argument, what was expected and what came."""
+    if getattr(torch._C, "_are_functorch_transforms_active", bool)():
+        raise RuntimeError("selective_scan does not work under torch.func (vmap, grad, jvp): put "
+                           "the examples into one batch, and use torch.autograd.grad")
+
     def expect(name, expected, got):
         raise ValueError(f"selective_scan: {name} must {expected}, got {got}")
 
@@ -476,7 +478,8 @@ class S6(nn.Module):
         """
         check_sequence(self, x, len(self.D))
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)    # B, C: (b, l, n)
-        delta = F.softplus(self.dt_proj(dt))                                   # (b, l, d), > 0
+        dt = self.dt_proj(dt)                    # Δ never in half precision: it multiplies A ≤ -1
+        delta = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))        # (b, l, d)
         if mask is not None:
             padding = (mask == 0).unsqueeze(-1)
             x, delta = x.masked_fill(padding, 0), delta.masked_fill(padding, 0)

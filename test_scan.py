@@ -29,6 +29,7 @@ import pickle
 import random
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -45,6 +46,7 @@ import rnn
 import s6
 import train_mnist
 import train_shakespeare
+import vision
 import visualize_delta
 from block import MambaBlock, MambaLM, causal_conv, generate, load_official, parameter_groups
 from rnn import RNN, S4, S4Block, S4Stack, diagonal_hippo, hippo, memorize, recall
@@ -181,6 +183,8 @@ def test_the_gradient_of_the_gradient_is_refused_and_not_wrong():
     y = selective_scan(*tensors)
     raises(["first derivative only"],
            lambda: torch.autograd.grad(y.sum(), tensors, create_graph=True), RuntimeError)
+    raises(["torch.func", "batch"],
+           lambda: torch.func.vmap(selective_scan)(*(t[None] for t in tensors)), RuntimeError)
 
 
 def test_a_gradient_is_made_for_whoever_asks():
@@ -886,12 +890,11 @@ def test_a_tiny_text_is_memorised():
 
 def test_the_commands_of_the_language_model_run_from_end_to_end():
     """Catches: a checkpoint that is written under one name and looked for under another."""
-    here, threads = os.getcwd(), torch.get_num_threads()
+    threads = torch.get_num_threads()
     name = "text-poem-epochs-2-batch-4-block-16-d-model-16-layers-1-seeds-0-1"
     tiny = ["--text", "poem.txt", "--d-model", "16", "--layers", "1", "--batch", "4", "--block",
             "16", "--epochs", "2"]
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with inside_temporary_folder():
         try:
             with open("poem.txt", "w", encoding="utf-8") as file:
                 file.write("Rough winds do shake the darling buds of May,\n" * 20)
@@ -905,7 +908,6 @@ def test_the_commands_of_the_language_model_run_from_end_to_end():
             with open(f"results/{name}.csv", encoding="utf-8") as file:
                 command = file.read().splitlines()[1].split(",")[-1]
         finally:
-            os.chdir(here)
             torch.set_num_threads(threads)
     print(f"    {command}")
     assert command == ("python train_shakespeare.py --seed 0 --epochs 2 --batch 4 --block 16 "
@@ -941,7 +943,20 @@ def test_two_processes_equal_one():
 
 
 def test_a_pixel_is_guessed_from_those_before_it_and_drawn_one_by_one():
-    """Catches: a model that sees the pixel it guesses, a state that is not carried on."""
+    """Catches: a model that sees the pixel it guesses, a state that is not carried on, a pixel or
+    a place that is taken for another."""
+    table = torch.arange(9.0).unsqueeze(1) ** 2
+    places = vision.along_axes(table, 4, 5).view(4, 5)
+    for i, j in itertools.product(range(4), range(5)):
+        assert places[i, j] == table[i, 0] + table[4 + j, 0]
+    model, seen = PixelLM([], 8, (4, 5)), []
+    model.embedding.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model(F.pad(torch.arange(19), (1, 0), value=vision.BEGIN).unsqueeze(0))
+    for i, row in enumerate(seen[0].tolist()):
+        for kind, (up, right) in enumerate(vision.NEIGHBOURS):
+            pixel = i - 5 * up + right
+            assert row[kind] == 257 * kind + (pixel if pixel >= 0 else vision.BEGIN)
+    print(f"    pixel 12 of 4×5 is guessed from {[token % 257 for token in seen[0][12].tolist()]}")
     torch.manual_seed(0)
     inputs, pixels = train_mnist.as_tokens(torch.arange(12, dtype=torch.uint8).view(1, 1, 3, 4))
     assert inputs.tolist() == [[256, *range(11)]] and pixels.tolist() == [list(range(12))]
@@ -960,23 +975,20 @@ def test_a_pixel_is_guessed_from_those_before_it_and_drawn_one_by_one():
 
 def test_the_tables_of_pixels_are_written_from_end_to_end():
     """Catches: a comparison that fails at its last line, after hours; bits that are nats."""
-    here, name = os.getcwd(), "synthetic-digits-next-pixel"
-    tiny = {"d_model": 8, "layers": 1, "batch": 16, "hidden": 8}
+    name = "synthetic-digits-next-pixel"
+    tiny = {"d_model": 8, "layers": 1, "batch": 16}
     jobs = {PixelTrainer: ("--task", "next-pixel"), ImageTrainer: ("--tokens", "pixels")}
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            for kind, flags in jobs.items():
-                assert quietly(train_mnist.compare, kind, settings(*flags, **tiny), kind.models,
-                               [0], digits(32, 10), CPU, "out", False)[0]
-            found = sorted(name for _, _, files in os.walk(".") for name in files)
-            table = [path for path in found if path.startswith(name) and path.endswith("csv")][0]
-            with open(os.path.join("results", table), encoding="utf-8") as file:
-                keys, values = (line.strip().split(",") for line in list(file)[:2])
-            trainer = PixelTrainer(settings(*jobs[PixelTrainer], **tiny), digits(32, 10), CPU)
-            trainer.load(trainer.path("out"))
-        finally:
-            os.chdir(here)
+    with inside_temporary_folder():
+        for kind, flags in jobs.items():
+            models = kind.models if kind is PixelTrainer else ("s4", "rnn")
+            assert quietly(train_mnist.compare, kind, settings(*flags, **tiny), models, [0],
+                           digits(32, 10), CPU, "out", False)[0]
+        found = sorted(name for _, _, files in os.walk(".") for name in files)
+        table = [path for path in found if path.startswith(name) and path.endswith("csv")][0]
+        with open(os.path.join("results", table), encoding="utf-8") as file:
+            keys, values = (line.strip().split(",") for line in list(file)[:2])
+        trainer = PixelTrainer(settings(*jobs[PixelTrainer], **tiny), digits(32, 10), CPU)
+        trainer.load(trainer.path("out"))
     row = dict(zip(keys, values))
     with torch.no_grad():
         inputs, pixels = train_mnist.as_tokens(digits(32, 10).test_images)
@@ -984,7 +996,8 @@ def test_the_tables_of_pixels_are_written_from_end_to_end():
     bits = -chances.double().log2().mean().item()
     print(f"    {found}")
     allow("bits per pixel, from the chances", abs(float(row["test_bits_per_pixel"]) - bits), 1e-3)
-    assert len(found) == 2 + 4 + 3 + 3
+    assert len(found) == 2 + 2 + 3 + 3
+    assert sum("-models-s4-rnn" in path for path in found) == 3
 
 
 def test_coloured_images_are_shifted_and_mirrored_and_nothing_else():
@@ -1307,10 +1320,13 @@ def test_every_documented_error_of_the_models_is_raised():
     raises(["stem", "conv", "vit"], lambda: VisionMamba(16, stem="vit"))
     raises(["position", "axes", "row"], lambda: VisionMamba(16, position="row"))
     for name, layer in LAYERS.items():
-        raises([name.removeprefix("S4Stack"), "(b, l, 6)", "(2, 9, 5)"],
+        raises([name.replace("Stack", "Block"), "(b, l, 6)", "(2, 9, 5)"],
                lambda: layer()(torch.randn(2, 9, 5)))
+    raises(["d_model", "3"], lambda: VisionMamba(3, stem="deep"))
+    raises(["2 or more wide"], lambda: PixelLM([], 8, (3, 1)))
     writer, tokens = PixelLM([MambaBlock(8)], 8, (3, 4)), torch.zeros(1, 13, dtype=torch.int64)
     raises(["13 tokens", "3x4"], lambda: writer(tokens))
+    raises(["0 to 256"], lambda: writer(tokens[:, :5] + 257))
     model = VisionMamba(16)
     raises(["28x28", "(1, 1, 32, 32)"], lambda: model(torch.randn(1, 1, 32, 32)))
     raises(["(b, 1, height, width)", "(1, 3, 28, 28)"], lambda: model(torch.randn(1, 3, 28, 28)))
@@ -1373,15 +1389,18 @@ def test_cifar_is_read_from_a_folder_of_images_or_its_absence_is_named():
             raises(["cannot be downloaded", "CIFAR-10-images"],
                    lambda: train_mnist.load_cifar(folder), UserError)
         torch.manual_seed(0)
-        images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
-        for i, image in enumerate(images):
-            place = os.path.join(folder, "CIFAR-10-images", ("train", "test")[i // 2], "ab"[i % 2])
+        images = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8)
+        for i, image in enumerate(images):         # eight to train with, one of a class each
+            part, name = ("train", "abcdefgh"[i]) if i < 8 else ("test", "ab"[i - 8])
+            place = os.path.join(folder, "CIFAR-10-images", part, name)
             os.makedirs(place)
             to_pil_image(image).save(os.path.join(place, "a.png"))
         data = train_mnist.load_cifar(folder)
         assert data.name == "cifar10-jpeg" and data.test_labels.tolist() == [0, 1]
-        equal("the images, in their places", data.test_images, images[2:])
+        equal("the images, in their places", data.test_images, images[8:])
         equal("and their labels", data.train_images, images[data.train_labels])
+        print(f"    labels in training: {data.train_labels.tolist()}")
+        assert data.train_labels.tolist() != sorted(data.train_labels.tolist())
         os.makedirs(os.path.join(folder, "cifar-10-batches-py"))
         raises(["damaged"], lambda: train_mnist.load_cifar(folder), UserError)
 
@@ -1466,6 +1485,54 @@ def test_an_earlier_checkpoint_is_kept_when_training_starts_anew():
             quietly(train_mnist.run, ImageTrainer(small(), digits(), CPU), folder, False)
         print(f"    {sorted(os.listdir(folder))}")
         assert len(os.listdir(folder)) == 2
+        trainer = ImageTrainer(small(), digits(), CPU)
+        part = trainer.path(folder) + ".1.part"
+        open(part, "w", encoding="utf-8").close()
+        os.mkdir(trainer.path(folder) + ".2.part")         # not ours: it stays
+        quietly(train_mnist.run, trainer, folder, False)
+        assert not os.path.exists(part) and len(os.listdir(folder)) == 4
+
+
+def test_a_signal_asks_for_a_stop_and_long_epochs_are_saved_on_the_way():
+    """Catches: a machine that shuts down and takes an hour of training with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = signal.getsignal(number)
+        with train_mnist.Interrupt() as stop:
+            assert not stop()
+            signal.raise_signal(number)
+            assert stop()
+        assert signal.getsignal(number) is before
+    trainer, steps = ImageTrainer(small(epochs=1), digits(), CPU), []
+    trainer.save = lambda path: steps.append(trainer.step)
+    with replaced(train_mnist, "SAVE_EVERY", 0.0):
+        quietly(train_mnist.fit, trainer, "nowhere")
+    print(f"    an epoch of {trainer.per_epoch} steps, saved at {steps}")
+    assert set(steps) >= set(range(trainer.per_epoch + 1))
+
+
+def test_the_flags_of_the_recipe_change_the_loss():
+    """Catches: a flag that is read and recorded, and does nothing."""
+    data, losses = digits(), {}
+    for name in ({}, {"bf16": True}, {"smoothing": 0.1}, {"augment": False}):
+        losses[str(name)] = ImageTrainer(small(**name), data, CPU).loss()[0].item()
+    print(f"    {losses}")
+    assert len(set(losses.values())) == 4 and max(losses.values()) < min(losses.values()) + 0.1
+
+
+def test_a_download_goes_on_to_the_next_address():
+    """Catches: a mirror that is down, and a second one that nobody asks."""
+    asked = []
+
+    def fetch(address):
+        asked.append((address, socket.getdefaulttimeout()))
+        if address != "good":
+            raise OSError(f"{address} does not answer")
+
+    train_mnist.try_each(["bad", "worse", "good", "unused"], fetch)
+    raises(["worse"], lambda: train_mnist.try_each(["bad", "worse"], fetch), OSError)
+    print(f"    asked, with a timeout of so many seconds: {asked}")
+    assert [name for name, _ in asked] == ["bad", "worse", "good", "bad", "worse"]
+    assert asked[0][1] == train_mnist.PATIENCE and socket.getdefaulttimeout() is None
 
 
 def test_without_network_the_fallback_is_announced_and_labelled():
@@ -1502,6 +1569,9 @@ def test_a_wrong_flag_is_answered_with_what_is_right():
                          (["--lr", "fast"], "--lr"), (["--nonsense"], "nonsense"),
                          (["--seed", "-1"], "between 0"), (["--device", "abacus"], "cuda"),
                          (["--task", "next-pixel", "--model", "rnn"], "causal"),
+                         (["--task", "next-pixel", "--stem", "conv"], "--stem"),
+                         (["--tokens", "pixels", "--stem", "conv"], "--stem"),
+                         (["--models", "rnn"], "--compare"), (["--state", "3"], "even"),
                          (["--digit", "10"], "between 0 and 9"), (["--task", "sums"], "needle")):
         err = io.StringIO()
         try:
@@ -1513,9 +1583,6 @@ def test_a_wrong_flag_is_answered_with_what_is_right():
             print(f"    exit code {stop.code}: {last[:110]}")
             assert stop.code == 2 and words in last
 
-
-# --------------------------------------------------------------------------------------------------
-# The runner.
 
 # --------------------------------------------------------------------------------------------------
 # `python test_scan.py --torture`: what a machine, a disk and a network do to a training. Minutes.
@@ -1531,11 +1598,13 @@ SHORT = {          # trainings of seconds, with a checkpoint after each of many 
 }
 
 
-def command(script, folder, flags):
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
+
+
+def start_script(script, folder, flags):
     """A script in a process of its own, working in folder: -> Popen."""
     return subprocess.Popen([sys.executable, os.path.join(HERE, script), *flags], cwd=folder,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             encoding="utf-8")
 
 
@@ -1563,57 +1632,62 @@ def learned(path):
 def torture_killed_and_resumed(held, kills=20):
     """SIGKILL, half of the times while a checkpoint is being written: the same weights at the end.
 
-    A training that ends before it is killed is compared, and begun anew.
+    A training that has come to its end is compared, and begun anew.
     """
     for script, flags in SHORT.items():
-        moments = random.Random(0)
+        draw = random.Random(0)
         with tempfile.TemporaryDirectory() as folder:
             out, start = os.path.join(folder, "out"), time.perf_counter()
-            _, err = command(script, folder, flags + ["--out", "whole"]).communicate()
+            _, err = start_script(script, folder, flags + ["--out", "whole"]).communicate()
             seconds = time.perf_counter() - start
             whole = only_checkpoint(os.path.join(folder, "whole"))
             assert whole, err
-            flags = flags + ["--out", "out"]
+            steps = len(train_mnist.read_checkpoint(whole)["losses"])
             for kill in range(kills + 1):
-                path = only_checkpoint(out)
-                process = command(script, folder, flags + ["--resume"] * bool(path))
-                if kill < kills:
-                    wait_for_its_moment(process, out, moments.random() * seconds, kill % 2 == 1)
-                    process.kill()
+                before = only_checkpoint(out)
+                process = start_script(script, folder,
+                                       flags + ["--out", "out"] + ["--resume"] * bool(before))
+                saving = kill < kills and wait_and_kill(process, out, seconds, kill % 2, draw)
                 _, err = process.communicate()
                 path, code = only_checkpoint(out), process.returncode
-                parts = [name for name in os.listdir(out) if name.endswith(".part")] \
-                    if path else []
-                try:
-                    now = learned(path) if path else None
-                    whole_again = code != 0 or torch.equal(now, learned(whole))
-                    held(f"{script} killed and resumed", whole_again and code in (0, -9, 1),
-                         f"kill {kill}: exit code {code}, other weights: {not whole_again} {err}")
-                except UserError as problem:
-                    held(f"{script} killed and resumed", False, str(problem))
-                print(f"    {script}, kill {kill}: exit code {code}, at step "
-                      f"{train_mnist.read_checkpoint(path)['step'] if path else 0}, "
-                      f"{len(parts)} half-written", flush=True)
-                if code == 0 and kill < kills:
+                state = train_mnist.read_checkpoint(path) if path else {"step": 0}
+                print(f"    {script}, kill {kill}{' while saving' * saving}: exit code {code}, "
+                      f"{state['step']} of {steps} steps saved", flush=True)
+                held(f"{script} killed{' while saving' * saving}, checkpoint readable"
+                     if kill < kills else f"{script} resumed to its end",
+                     code == 0 or kill < kills and code in KILLED, f"exit code {code}: {err}")
+                if state["step"] == steps and len(state["scores"]) == 8:
+                    held(f"{script} killed and resumed: the same weights",
+                         torch.equal(learned(path), learned(whole)), f"kill {kill}")
                     os.remove(path)
 
 
-def wait_for_its_moment(process, out, seconds, while_saving):
-    """Sleep; or look until a checkpoint is being written after half that time."""
-    end = time.perf_counter() + seconds
-    time.sleep(seconds / 2 if while_saving else seconds)
-    while while_saving and process.poll() is None and time.perf_counter() < end + seconds:
-        if os.path.isdir(out) and any(name.endswith(".part") for name in os.listdir(out)):
-            return
+KILLED = (-9,) if os.name == "posix" else (1,)       # the exit code of a process that was killed
+
+
+def wait_and_kill(process, out, seconds, while_saving, draw):
+    """Kill it at a random moment, or when it next writes a checkpoint: -> whether it did that."""
+    def parts():
+        return os.path.isdir(out) and any(name.endswith(".part") for name in os.listdir(out))
+
+    end, old = time.perf_counter() + seconds * draw.random(), parts()
+    while time.perf_counter() < end and process.poll() is None:
+        time.sleep(0.01)
+    while while_saving and process.poll() is None and not (parts() and not old):
+        old = old and parts()            # what the last one left is deleted at the start
+    process.kill()
+    return bool(while_saving) and parts()
 
 
 def torture_interrupted(held, times=5):
     """Ctrl-C: it ends within a second, saves, and says how to go on."""
+    if os.name == "nt":
+        return print("    not tried: Windows sends no SIGINT to one process")
     for script, flags in SHORT.items():
         for i in range(times):
             with tempfile.TemporaryDirectory() as folder:
-                process = command(script, folder, flags + ["--out", "out"])
-                while not only_checkpoint(os.path.join(folder, "out")):
+                process = start_script(script, folder, flags + ["--out", "out"])
+                while process.poll() is None and not only_checkpoint(os.path.join(folder, "out")):
                     time.sleep(0.01)
                 time.sleep(0.1 * i)
                 start = time.perf_counter()
@@ -1718,6 +1792,8 @@ def torture_bad_files(held, trials=200):
     """
     draw, bytewise = random.Random(0), [truncated, flipped, flipped, noise, empty]
     things = bytewise + ["directory", "forbidden"]
+    if os.name == "nt":                  # where permissions are something else
+        things.remove("forbidden")
     models = things + ["another model's", "code", "code, zipped"]
     tiny = ["--d-model", "16", "--layers", "1"]
     mnist, text = ["--batch", "32", "--epochs", "1", *tiny], ["--text", "poem.txt", "--batch", "4",
@@ -1758,7 +1834,7 @@ def bad_file(held, path, script, flags, kind, draw, other):
     before = learned(path) if path.endswith(".pt") else None
     spoil(path, kind, draw, other)
     spoiled = None if kind == "forbidden" else snapshot(path)
-    name = getattr(kind, "__name__", kind)
+    name, code = getattr(kind, "__name__", kind), None
     try:
         with as_nobody():
             code, err = quietly(script.main, flags)
@@ -1822,8 +1898,7 @@ def unshared(flags, shell):
         print(f"    not tried: `unshare {flags}` is not to be had here")
         return None
     return subprocess.run(["unshare", flags, "sh", "-c", shell], capture_output=True, text=True,
-                          encoding="utf-8", errors="replace",
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+                          encoding="utf-8", errors="replace", env=ALONE)
 
 
 def torture_full_disk(held):
@@ -1834,7 +1909,7 @@ def torture_full_disk(held):
     for script, flags in SHORT.items():
         with tempfile.TemporaryDirectory() as folder:
             train = f"'{sys.executable}' '{os.path.join(HERE, script)}' " + " ".join(flags)
-            _, err = command(script, folder, flags + ["--epochs", "1"]).communicate()
+            _, err = start_script(script, folder, flags + ["--epochs", "1"]).communicate()
             size = os.path.getsize(only_checkpoint(os.path.join(folder, "checkpoints"))) // 1024
             for part in (0.1, 0.5, 0.9, 1.1, 1.5, 1.9):
                 disk = tempfile.mkdtemp(dir=folder)
@@ -1866,17 +1941,18 @@ def torture_no_network(held):
             process = subprocess.Popen(
                 ["unshare", "-rn", sys.executable, "-u", os.path.join(HERE, script), *flags[2:]],
                 cwd=folder, stdout=subprocess.PIPE, text=True, encoding="utf-8",
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+                env=ALONE)
             for line in process.stdout:
                 lines.append(line)
                 if "SYNTHETIC" in line:
                     banner = time.perf_counter() - start
             left = [name for _, _, names in os.walk(folder) for name in names]
-            told = banner is not None and any(line.startswith("RESULT") and "synthetic" in line
-                                              for line in lines)
-            print(f"    {script}: announced after {banner:.1f} s, imports included; left {left}")
-            held(f"{script} without a network", told and process.wait() == 0 and len(left) == 1
-                 and banner < 8, "".join(lines))
+            told = any(line.startswith("RESULT") and "synthetic" in line for line in lines)
+            print(f"    {script}: announced after {banner} s, imports included; left {left}")
+            held(f"{script} without a network: trained on the fallback",
+                 told and process.wait() == 0 and len(left) == 1, "".join(lines))
+            held(f"{script} without a network: announced within five seconds",
+                 banner is not None and banner < 5, f"{banner} s")
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -1998,19 +2074,21 @@ def fuzz_valid(draw):
         y_exact, h_exact = exact["x"], exact.get("h0", torch.zeros_like(h).double())
     else:
         y_exact, h_exact = definition(**exact, discretization=chosen["discretization"])
-    rough = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(y.dtype, 2e-5)
-    differences = {"y": (y, y_exact, rough), "h": (h, h_exact, 2e-5)}
+    double = h.dtype == torch.float64
+    y_allowed = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(y.dtype, 1e-12 if double else 2e-5)
+    differences = {"y": (y, y_exact, y_allowed), "h": (h, h_exact, 1e-12 if double else 2e-5)}
     asked = {name: t for name, t in tensors.items() if t.requires_grad}
     if y.requires_grad and tensors["x"].shape[1]:
         gradients = torch.autograd.grad(y.double().sum() + h.double().sum(), asked.values())
         right = torch.autograd.grad(y_exact.sum() + h_exact.sum(), [exact[n] for n in asked])
         for name, ours, true in zip(asked, gradients, right):
-            rough = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(ours.dtype, 1e-4)
-            differences[f"gradient of {name}"] = ours, true, rough
+            allowed = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(
+                ours.dtype, 1e-10 if double else 1e-4)
+            differences[f"gradient of {name}"] = ours, true, max(allowed, y_allowed)
     for name, (ours, true, allowed) in differences.items():
         if ours.shape != true.shape:
             return f"{name} has shape {tuple(ours.shape)} instead of {tuple(true.shape)}"
-        if ours.numel() and error(ours, true) > allowed:
+        if ours.numel() and not error(ours, true) <= allowed:      # NaN is not, either
             return f"{name} is wrong by {error(ours, true):.1e}, {chosen}"
 
 
@@ -2054,11 +2132,11 @@ def fuzz_layer(name, draw):
         y, h = definition(x, delta, A, B, C, D, h0)
         return (y, h) if return_state else y
 
-    x = layout(x, draw)
+    x, exact = layout(x, draw), copy.deepcopy(layer).double()
     with replaced(s6, "selective_scan", by_definition):
-        exact = copy.deepcopy(layer).double()(x.double())
-    worst = error(layer(x), exact)
-    return None if worst < 2e-5 else f"{name}: wrong by {worst:.1e}"
+        y = exact(x.double(), **({"mode": "recurrence"} if name.startswith("S4") else {}))
+    worst = error(layer(x), y)
+    return None if worst <= 2e-5 else f"{name}: wrong by {worst:.1e}"
 
 
 def torture_fuzzed_arguments(held, calls=2000):
@@ -2073,8 +2151,11 @@ def torture_fuzzed_arguments(held, calls=2000):
         tensors, chosen = random_scan(draw)
         bad = {name: torch.where(torch.rand(t.shape) < 0.2, draw.choice((math.nan, math.inf,
                -math.inf, 3e38, -1.0, 0.0)), t.detach()) for name, t in tensors.items()}
-        held("selective_scan, not finite: comes back", selective_scan(**bad, **chosen) is not None,
-             "")
+        try:
+            shape, problem = selective_scan(**bad, **chosen)[0].shape, ""
+        except Exception as error_:
+            shape, problem = None, str(error_)
+        held("selective_scan, not finite: comes back", shape == bad["x"].shape, problem)
     for _ in range(calls // len(LAYERS) + 1):
         for name in LAYERS:
             problem = fuzz_layer(name, draw)
@@ -2118,10 +2199,11 @@ def torture_long_scans(held, l=2 ** 20):
         for method in ("auto", *METHODS):
             ours = selective_scan(*inputs, method=method, discretization=z, return_state=True)
             for i, name in list(enumerate(names))[method == "sequential":]:
-                worst = max(error(a[i], b[i]) for a, b in zip(ours, exact))
-                print(f"    Δ = {name}, {method}, {z}: {worst:.1e}", flush=True)
-                held("a scan of 2^20 tokens, relative error at most 1e-4", worst <= 1e-4,
-                     f"Δ = {name}, {method}, {z}: {worst:.1e}")
+                errors = [error(a[i], b[i]) for a, b in zip(ours, exact)]
+                text = f"Δ = {name}, {method}, {z}: y {errors[0]:.1e}, h {errors[1]:.1e}"
+                print(f"    {text}", flush=True)
+                held("a scan of 2^20 tokens, relative error at most 1e-4",
+                     all(e <= 1e-4 for e in errors), text)
 
 
 class Tally(dict):
@@ -2143,7 +2225,10 @@ def torture(words):
     for name, function in list(globals().items()):
         if name.startswith("torture_") and (not words or any(word in name for word in words)):
             print(name[8:].replace("_", " "), flush=True)
-            function(held)
+            try:
+                function(held)
+            except Exception:
+                held(f"{name[8:].replace('_', ' ')}: ran to its end", False, traceback.format_exc())
     print("\n| what | tried | held |\n|---|---|---|")
     for what, (tried, good) in held.items():
         print(f"| {what} | {tried:,} | {good:,} |")
@@ -2155,8 +2240,11 @@ def torture(words):
         train_mnist.write_atomically("results/torture.csv", lambda part: s6.write_rows(part, [
             {"what": what, "tried": tried, "held": good, **machine}
             for what, (tried, good) in held.items()]))
-    return 0 if all(tried == good for tried, good in held.values()) else 1
+    return 0 if held and all(tried == good for tried, good in held.values()) else 1
 
+
+# --------------------------------------------------------------------------------------------------
+# The runner.
 
 def main(words):
     if hasattr(sys.stdout, "reconfigure"):       # a Windows log may not know Δ

@@ -31,6 +31,7 @@ Left out: worker processes. The data set fits in memory as one tensor; a batch i
 Read before: vision.py and rnn.py. Read next: train_shakespeare.py.
 """
 import argparse
+import contextlib
 import copy
 import glob
 import hashlib
@@ -62,20 +63,24 @@ SETTINGS = ("task", "model", "tokens", "seed", "epochs", "batch", "lr", "weight_
             "average", "augment", "bf16", "d_model", "layers", "hidden", "state", "stem", "pool",
             "fuse")
 
-# Each is a flag. --hidden of the RNN and --state of S4 give them the parameters of Mamba, to 1 %.
+# What each job starts from; a value that a job does not name means nothing to it. Each is a flag.
+# --hidden of the RNN and --state of S4 give them the parameters of Mamba, to 1 %.
 DEFAULTS = {
     "mnist": {
         "seeds": [0, 1, 2], "epochs": 5, "batch": 64, "lr": 3e-3, "smoothing": 0.0,
-        "augment": True, "d_model": 64, "layers": 2, "hidden": 152, "state": 92, "stem": "conv"},
+        "augment": True, "d_model": 64, "layers": 2, "hidden": 152, "state": 92,
+        "stem": "conv", "pool": "mean", "fuse": "average"},
     "pixels": {
         "seeds": [0], "epochs": 1, "batch": 32, "lr": 3e-3, "smoothing": 0.0,
-        "augment": False, "d_model": 64, "layers": 2, "hidden": 153, "state": 92, "stem": "patch"},
+        "augment": False, "d_model": 64, "layers": 2, "hidden": 153, "state": 92,
+        "pool": "mean", "fuse": "average"},
     "next-pixel": {
-        "seeds": [0], "epochs": 1, "batch": 16, "lr": 3e-3, "smoothing": 0.0,
-        "augment": False, "d_model": 64, "layers": 4, "hidden": 152, "state": 62, "stem": "patch"},
+        "seeds": [0], "epochs": 1, "batch": 16, "lr": 3e-3, "d_model": 64, "layers": 4,
+        "state": 62},
     "cifar10": {
         "seeds": [0], "epochs": 5, "batch": 64, "lr": 3e-3, "smoothing": 0.1,
-        "augment": True, "d_model": 128, "layers": 4, "hidden": 268, "state": 132, "stem": "deep"},
+        "augment": True, "d_model": 128, "layers": 4, "hidden": 268, "state": 132,
+        "stem": "deep", "pool": "mean", "fuse": "average"},
 }
 
 
@@ -294,26 +299,33 @@ def download_cifar(data_dir, files):
     """Let torchvision download and verify in a folder of its own, then move all into place."""
     from torchvision.datasets import CIFAR10
     os.makedirs(data_dir, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir) as folder:
-        try_each([folder], lambda folder: CIFAR10(folder, download=True))
+    with impatience(), tempfile.TemporaryDirectory(dir=data_dir) as folder:
+        CIFAR10(folder, download=True)
         os.replace(os.path.join(folder, CIFAR10.base_folder), files)
 
 
 PATIENCE = 10        # seconds without a byte, after which a download is given up
 
 
-def try_each(addresses, fetch):
-    """fetch(address) for one after the other until it succeeds; raises what the last one raised."""
+@contextlib.contextmanager
+def impatience():
+    """In here a stalled download is given up."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def try_each(addresses, fetch):
+    """fetch(address) for one after the other until it succeeds; raises what the last one raised."""
+    with impatience():
         for address in addresses:
             try:
                 return fetch(address)
             except Exception as error:   # no network, or what a broken download raises
                 problem = error
-    finally:
-        socket.setdefaulttimeout(before)
     raise problem
 
 
@@ -416,7 +428,7 @@ def build(settings):
     if settings.get("dataset", "").startswith("cifar10"):
         frame.update(channels=3, image_size=(32, 32))
     if settings["tokens"] == "pixels":
-        frame.update(patch=1, position="axes")
+        frame.update(stem="patch", patch=1, position="axes")
     d_model, layers, hidden = settings["d_model"], settings["layers"], settings["hidden"]
     if settings["model"] == "rnn":
         return ImageClassifier(RNN(d_model, hidden, layers), d_model, hidden, **frame)
@@ -519,6 +531,9 @@ class Trainer:
     def load(self, path):
         """Go on from path. Raises UserError if it is damaged, or was made with other settings."""
         state = read_checkpoint(path)
+        if not self.settings.keys() <= state["settings"].keys():
+            raise UserError(f"{path} was made by another version of this script: start without "
+                            f"--resume")
         for name, value in self.settings.items():
             if state["settings"].get(name) != value:
                 raise UserError(f"{path} was made with {name}={state['settings'].get(name)}, not "
@@ -678,7 +693,7 @@ def complete(model, given, length, seed):
 # One run: train, show how it goes, save, test.
 
 class Interrupt:
-    """Ctrl-C, or SIGTERM, asks for a stop between two steps; a second one stops at once."""
+    """Ctrl-C asks for a stop between two steps, and so does SIGTERM; the same again stops now."""
 
     def __enter__(self):
         self.asked = False
@@ -695,37 +710,37 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def fit(trainer, path, stop=lambda: False):
-    """Train to the end: -> True, or False if stop() became true.
+SAVE_EVERY = 600     # seconds between two checkpoints, where an epoch takes longer
 
-    Saves after each epoch, and after ten minutes if an epoch takes longer.
-    """
+
+def fit(trainer, path, stop=lambda: False):
+    """Train to the end, saving after each epoch at least: -> False if stop() became true."""
     t, begin, saved = trainer, trainer.step, time.monotonic()
 
-    def anyone_stops():                  # all processes must leave after the same step
-        if PROCESSES == 1:
-            return stop()
-        return mean(torch.tensor(float(stop()), device=t.device)).item() > 0
+    def due():
+        """Whether to stop, and whether to save: all processes do it after the same step."""
+        wishes = [stop(), RANK == 0 and time.monotonic() - saved > SAVE_EVERY]
+        if PROCESSES > 1:
+            wishes = (mean(torch.tensor(wishes, device=t.device).float()) > 0).tolist()
+        return wishes
 
     for epoch in range(t.settings["epochs"]):
         while t.step < (epoch + 1) * t.per_epoch:
-            if anyone_stops():
-                if t.step > begin:
-                    t.save(path)
+            stopping, saving = due()
+            if saving or stopping and t.step > begin:
+                t.save(path)
+                saved = time.monotonic()
+            if stopping:
                 return False
             t.train_step()
             if t.step % 20 == 0:
                 show_progress(t)
-            if time.monotonic() - saved > 600:
-                t.save(path)
-                saved = time.monotonic()
         if len(t.scores) == epoch:
             t.save(path)                 # a test can take minutes, and fail
             score = from_first(lambda: t.evaluate(stop))
             if score is not None:
                 t.scores.append(score)
             t.save(path)
-            saved = time.monotonic()
             if score is None:
                 return False
             if RANK == 0:
@@ -799,7 +814,8 @@ def begun(trainer, out):
 def remove_parts(path):
     """Delete what a training that was killed while it wrote path has left behind."""
     for part in glob.glob(glob.escape(path) + ".*.part"):
-        os.remove(part)
+        with contextlib.suppress(OSError):
+            os.remove(part)
 
 
 def set_aside(path):
@@ -1021,18 +1037,20 @@ def add_places(add, auto):
         help="auto: cuda if there is one, else cpu")
 
 
-def by_job(name, text):
+def by_job(name, text=""):
     """A flag's help: what it is by default."""
-    values = {job: str(defaults[name]).strip("[]") for job, defaults in DEFAULTS.items()}
-    common = values["mnist"]
-    others = "".join(f", of {job} {value}" for job, value in values.items() if value != common)
-    return f"{text}default {common}{others}"
+    values = {}
+    for job, defaults in DEFAULTS.items():
+        if name in defaults:
+            value = defaults[name]
+            value = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            values.setdefault(value, []).append(job)
+    return text + "default " + ", ".join(f"{value} of {', '.join(jobs)}" if len(values) > 1 else
+                                         value for value, jobs in values.items())
 
 
-def parse(arguments):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count, seed = p.add_argument, number(int, 1), number(int, 0, 10 ** 6)
+def add_flags(add):
+    count, seed = number(int, 1), number(int, 0, 10 ** 6)
     add("--dataset", choices=["mnist", "cifar10"], default="mnist", help="default %(default)s")
     add("--model", choices=list(MODELS), help="default bidirectional, of next-pixel causal")
     add("--task", choices=["classify", "next-pixel"], default="classify",
@@ -1042,11 +1060,11 @@ def parse(arguments):
     add("--seed", type=seed, default=0, help="default %(default)s")
     add("--compare", action="store_true", help="each of --models with each of --seeds")
     add("--models", choices=list(MODELS), nargs="+", help="default all that can do it")
-    add("--seeds", type=seed, nargs="+", help=by_job("seeds", ""))
+    add("--seeds", type=seed, nargs="+", help=by_job("seeds"))
     add("--quick", action="store_true",
-        help="2 epochs of 6,400 images, tested on 1,000; of pixels 640, tested on 100")
+        help="2 epochs of 6,400 images, tested on 1,000; of pixels 1 epoch of 640, tested on 100")
     add("--resume", action="store_true", help="go on from the checkpoint")
-    add("--epochs", type=count, help=by_job("epochs", ""))
+    add("--epochs", type=count, help=by_job("epochs"))
     add("--batch", type=count, help=by_job("batch", "images per step, "))
     add("--lr", type=number(float, 0), help=by_job("lr", "its peak, "))
     add("--weight-decay", type=number(float, 0), default=0.05, help="default %(default)s")
@@ -1055,40 +1073,47 @@ def parse(arguments):
     add("--smoothing", type=number(float, 0, 1), help=by_job("smoothing", "of the labels, "))
     add("--augment", action=argparse.BooleanOptionalAction,
         help=by_job("augment", "warp digits; shift and mirror photographs, "))
-    add("--bf16", action="store_true", help="matrix products in bfloat16, all else in float32")
+    add("--bf16", action="store_true",
+        help="train under autocast to bfloat16; weights and test stay in float32")
     add("--d-model", type=count, help=by_job("d_model", "width of the tokens, "))
     add("--layers", type=count, help=by_job("layers", "S4 gets twice as many, "))
     add("--hidden", type=count, help=by_job("hidden", "width of the RNN, "))
     add("--state", type=count, help=by_job("state", "numbers in the state of S4, even, "))
     add("--stem", choices=STEMS, help=by_job("stem", "from pixels to tokens, "))
-    add("--pool", choices=POOLS, default="mean", help="default %(default)s; classic RNN: last")
-    add("--fuse", choices=FUSIONS, default="average", help="both directions, default %(default)s")
+    add("--pool", choices=POOLS, help=by_job("pool", "of the tokens; classic RNN: last; "))
+    add("--fuse", choices=FUSIONS, help=by_job("fuse", "both directions, "))
     add("--limit", type=count, help="train on so many images only")
     add("--holdout", type=number(int, 0), default=0,
         help="test on this many training images, held out: for choosing settings")
     add_places(add, "auto: MNIST, or synthetic digits if it cannot be had")
+
+
+def parse(arguments):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(p.add_argument)
     args = p.parse_args(arguments)
     writing, cifar = args.task == "next-pixel", args.dataset == "cifar10"
-    defaults = DEFAULTS["next-pixel" if writing else "pixels" if args.tokens == "pixels" else
-                        args.dataset]
-    if args.quick and not args.epochs:
-        args.epochs = min(2, defaults["epochs"])
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.model = args.model or ("causal" if writing else "bidirectional")
-    if args.tokens == "pixels" and args.stem != "patch":
-        p.error("--tokens pixels: a token is one pixel, and has no other --stem than patch")
-    if args.state % 2:
-        p.error(f"--state must be even, got {args.state}")
-    if cifar and args.data == "synthetic":
-        p.error("--data synthetic: there are no synthetic images for cifar10")
-    able = (PixelTrainer if writing else ImageTrainer).models
-    args.models = args.models or able
     if writing:
         args.tokens = "pixels"
-        if cifar:
-            p.error("--task next-pixel is for grey images: use --dataset mnist")
+    job = "next-pixel" if writing else "pixels" if args.tokens == "pixels" else args.dataset
+    defaults = DEFAULTS[job]
+    if args.quick and not args.epochs:
+        args.epochs = min(2, defaults["epochs"])
+    for name in {name for defaults in DEFAULTS.values() for name in defaults}:
+        if getattr(args, name) is None:
+            setattr(args, name, defaults.get(name))
+        elif name not in defaults:
+            p.error(f"--{name.replace('_', '-')} means nothing to {job}: leave it out")
+    if args.state % 2:
+        p.error(f"--state must be even, got {args.state}")
+    if cifar and (writing or args.data == "synthetic"):
+        p.error("--dataset cifar10 has no synthetic images, and no --task next-pixel")
+    if args.models and not args.compare:
+        p.error("--models goes with --compare; for a single one there is --model")
+    able = (PixelTrainer if writing else ImageTrainer).models
+    args.model = args.model or ("causal" if writing else "bidirectional")
+    args.models = args.models or able
     if not {args.model, *args.models} <= set(able):
         p.error(f"--task next-pixel: --model must be one of {able}, which do not see the pixel "
                 f"that they guess, and can be run from a state")

@@ -69,7 +69,7 @@ class Stem(nn.Module):
              stroke becomes an edge before it becomes a token
     "deep"   for photographs: five full 3×3 convolutions, of d_model/4, d_model/2 and three times
              d_model channels. The first three shrink the image as above, so the last two are
-             cheap. Each token sees 25×25 pixels for a patch of 4
+             cheap. Each token sees 25×25 pixels for a patch of 4, and so the rows below it
     """
 
     def __init__(self, channels, d_model, patch=4, kind="conv"):
@@ -78,8 +78,10 @@ class Stem(nn.Module):
         if _choose("stem", kind, STEMS) == "patch":
             self.net = nn.Conv2d(channels, d_model, patch, stride=patch)
             return
-        if patch not in (2, 4):      # three small kernels see no more than 9×9 pixels
+        if patch not in (2, 4):      # what the kernels see must cover the patch
             raise ValueError(f"the {kind} stem is made for a patch of 2 or 4, got {patch}")
+        if d_model < 4:
+            raise ValueError(f"d_model must be 4 or more, got {d_model}")
         if kind == "conv":
             self.net = nn.Sequential(
                 *_conv_norm(channels, 16, 1), *_conv_norm(16, 32, 2),
@@ -99,11 +101,12 @@ class Stem(nn.Module):
         return self.net(images).flatten(2).transpose(1, 2)                     # (b, l, d_model)
 
 
-def places(position, rows, columns):
-    """A vector for each of rows · columns tokens, (l, d_model), from a table of them or of axes."""
-    if len(position) == rows * columns:
-        return position
-    row, column = position.split([rows, columns])
+def along_axes(table, rows, columns):
+    """Vectors of the rows, then the columns, (rows + columns, d) -> of each token, (l, d).
+
+    A token's is the sum of its row's and its column's, row by row: l = rows · columns.
+    """
+    row, column = table.split([rows, columns])
     return (row.unsqueeze(1) + column).flatten(0, 1)
 
 
@@ -156,7 +159,8 @@ class ImageClassifier(nn.Module):
     position    the learned vectors that are added: "patches" one for each token, "axes" one for
                 its row and one for its column, since a table of every pixel would be large
     pool        "mean" or "max" over the tokens, or "last": the one at the end of the scan
-    Raises ValueError for a size that patch does not divide, and for an unknown stem or pool.
+    Raises ValueError for a size that patch does not divide, and for an unknown stem, position or
+    pool.
     """
 
     def __init__(self, body, d_model, width, *, image_size=(28, 28), channels=1, patch=4,
@@ -166,9 +170,9 @@ class ImageClassifier(nn.Module):
         self.image_size, self.pool = tuple(image_size), _choose("pool", pool, POOLS)
         self.stem = Stem(channels, d_model, patch, stem)
         rows, columns = self.grid = image_size[0] // patch, image_size[1] // patch
-        axes = _choose("position", position, POSITIONS) == "axes"
-        places = rows + columns if axes else rows * columns
-        self.position = nn.Parameter(0.02 * torch.randn(places, d_model))
+        self.axes = _choose("position", position, POSITIONS) == "axes"
+        vectors = rows + columns if self.axes else rows * columns
+        self.position = nn.Parameter(0.02 * torch.randn(vectors, d_model))
         self.body = body
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, classes)
@@ -178,8 +182,8 @@ class ImageClassifier(nn.Module):
         if images.ndim == 4 and tuple(images.shape[2:]) != self.image_size:
             raise ValueError(f"images must have {self.image_size[0]}x{self.image_size[1]} pixels, "
                              f"got shape {tuple(images.shape)}")
-        tokens = self.stem(images) + places(self.position, *self.grid)         # (b, l, d_model)
-        x = self.norm(self.body(tokens))                                       # (b, l, width)
+        position = along_axes(self.position, *self.grid) if self.axes else self.position
+        x = self.norm(self.body(self.stem(images) + position))                 # (b, l, width)
         if self.pool == "mean":
             x = x.mean(1)
         elif self.pool == "max":
@@ -204,8 +208,9 @@ class VisionMamba(ImageClassifier):
 
 GREYS = 256
 BEGIN = GREYS        # the token before the first pixel, and whatever lies above the image
-# What a pixel is guessed from at first sight, as (rows up, columns to the right).
-NEAR = [(0, -1), (0, -2), (1, -1), (1, 0), (1, 1), (2, 0)]
+# What a pixel is guessed from at first sight, as (rows up, columns to the right). The image is read
+# as one line: beyond its left and right edge are pixels of the other side, a row away.
+NEIGHBOURS = [(0, -1), (0, -2), (1, -1), (1, 0), (1, 1), (2, 0)]
 
 
 class PixelLM(nn.Module):
@@ -215,15 +220,18 @@ class PixelLM(nn.Module):
     image_size  (height, width)
 
     Read row by row, the pixel above is a whole row ago, and a recurrence has no ruler. So its input
-    tells the row and the column of the pixel to be guessed, and the values NEAR it, those that are
+    tells the row and the column of the pixel to be guessed, and its NEIGHBOURS, those that are
     known: a first layer for this task as the stem is for the other. What is further away, the
     state must remember.
+    Raises ValueError for an image of one column.
     """
 
     def __init__(self, blocks, d_model, image_size=(28, 28)):
         super().__init__()
+        if image_size[1] < 2:
+            raise ValueError(f"PixelLM: image_size must be 2 or more wide, got {image_size}")
         self.image_size = tuple(image_size)
-        self.embedding = nn.EmbeddingBag(len(NEAR) * (GREYS + 1), d_model, mode="sum")
+        self.embedding = nn.EmbeddingBag(len(NEIGHBOURS) * (GREYS + 1), d_model, mode="sum")
         nn.init.normal_(self.embedding.weight, std=0.5)
         self.position = nn.Parameter(torch.randn(sum(image_size), d_model))
         self.blocks = nn.ModuleList(blocks)
@@ -234,21 +242,23 @@ class PixelLM(nn.Module):
     def forward(self, tokens, states=None, *, return_state=False):
         """As MambaLM's; states are the number of tokens read, the last of them, and the blocks'.
 
-        Raises ValueError for more tokens than the image has pixels.
+        Raises ValueError for more tokens than the image has pixels, and for a token that is none.
         """
         (b, l), (height, width) = tokens.shape, self.image_size
-        back = [up * width - right - 1 for up, right in NEAR]    # token i stands for pixel i-1
+        back = [up * width - right - 1 for up, right in NEIGHBOURS]   # token i is pixel i-1
         reach = max(back)
         place, window, before = states or (
             0, tokens.new_full((b, reach), BEGIN), [None] * len(self.blocks))
         if place + l > height * width:
             raise ValueError(f"PixelLM: {place + l} tokens, and an image of {height}x{width} "
                              f"pixels takes {height * width}")
+        if ((tokens < 0) | (tokens > BEGIN)).any():
+            raise ValueError(f"PixelLM: tokens must be from 0 to {BEGIN}")
         window, new = torch.cat([window, tokens], 1), []                       # (b, reach + l)
         near = torch.stack([window[:, reach - i:][:, :l] + kind * (GREYS + 1)
-                            for kind, i in enumerate(back)], -1)               # (b, l, NEAR)
+                            for kind, i in enumerate(back)], -1)               # (b, l, 6)
         x = self.embedding(near.flatten(0, 1)).view(b, l, -1)                  # (b, l, d_model)
-        x = x + places(self.position, height, width)[place:place + l]
+        x = x + along_axes(self.position, height, width)[place:place + l]
         for block, state in zip(self.blocks, before):
             out = block(x, state, return_state=return_state)
             x, state = out if return_state else (out, None)
