@@ -573,16 +573,14 @@ class ImageTrainer(Trainer):
         index = self.index()
         torch.manual_seed(self.draw("warp", self.step))
         images = self.data.train_images[index].float()
-        if not self.settings["augment"]:
-            pass
-        elif images.shape[1] == 1:
+        if self.settings["augment"] and images.shape[1] == 1:
             images = warp(images, degrees=10, scale=0.1, shear=5, shift=2)
-        else:                            # a cat is a cat in the mirror; a 2 is no 2
+        elif self.settings["augment"]:   # a cat is a cat in the mirror; a 2 is no 2
             images = crop_and_flip(images)
         return normalize(images), self.data.train_labels[index]
 
     def autocast(self):
-        """With --bf16, matrix products and convolutions in bfloat16; the weights stay float32."""
+        """With --bf16, what autocast computes in bfloat16; weights, Δ and states stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["bf16"])
 
     def loss(self):
