@@ -1635,48 +1635,59 @@ def torture_killed_and_resumed(held, kills=20):
     A training that has come to its end is compared, and begun anew.
     """
     for script, flags in SHORT.items():
-        draw = random.Random(0)
+        draw, killed = random.Random(0), 0
         with tempfile.TemporaryDirectory() as folder:
-            out, start = os.path.join(folder, "out"), time.perf_counter()
+            out = os.path.join(folder, "out")
             _, err = start_script(script, folder, flags + ["--out", "whole"]).communicate()
-            seconds = time.perf_counter() - start
             whole = only_checkpoint(os.path.join(folder, "whole"))
             assert whole, err
-            steps = len(train_mnist.read_checkpoint(whole)["losses"])
-            for kill in range(kills + 1):
-                before = only_checkpoint(out)
+            clock = train_mnist.read_checkpoint(whole)["clock"].tolist()
+            for trial in range(4 * kills):
+                path = only_checkpoint(out)
+                step = train_mnist.read_checkpoint(path)["step"] if path else 0
                 process = start_script(script, folder,
-                                       flags + ["--out", "out"] + ["--resume"] * bool(before))
-                saving = kill < kills and wait_and_kill(process, out, seconds, kill % 2, draw)
+                                       flags + ["--out", "out"] + ["--resume"] * bool(path))
+                saving = False
+                if killed < kills and step < len(clock):   # else it may go on to its end
+                    seconds = draw.random() * (clock[-1] - clock[step - 1] if step else clock[-1])
+                    saving = wait_and_kill(process, out, seconds, trial % 2 == 1)
                 _, err = process.communicate()
-                path, code = only_checkpoint(out), process.returncode
-                state = train_mnist.read_checkpoint(path) if path else {"step": 0}
-                print(f"    {script}, kill {kill}{' while saving' * saving}: exit code {code}, "
-                      f"{state['step']} of {steps} steps saved", flush=True)
-                held(f"{script} killed{' while saving' * saving}, checkpoint readable"
-                     if kill < kills else f"{script} resumed to its end",
-                     code == 0 or kill < kills and code in KILLED, f"exit code {code}: {err}")
-                if state["step"] == steps and len(state["scores"]) == 8:
-                    held(f"{script} killed and resumed: the same weights",
-                         torch.equal(learned(path), learned(whole)), f"kill {kill}")
-                    os.remove(path)
+                ended = process.returncode == 0
+                killed += not ended
+                print(f"    {script} from step {step} of {len(clock)}: " + (
+                    "ended" if ended else f"kill {killed}{', while saving' * saving}"), flush=True)
+                if not ended:
+                    held(f"{script} killed{' while saving' * saving}, checkpoint readable",
+                         process.returncode in KILLED and readable(only_checkpoint(out)), err)
+                else:
+                    held(f"{script} killed, resumed, ended: the same weights bit for bit",
+                         torch.equal(learned(only_checkpoint(out)), learned(whole)), err)
+                    os.remove(only_checkpoint(out))
+                    if killed == kills:
+                        break
 
 
 KILLED = (-9,) if os.name == "posix" else (1,)       # the exit code of a process that was killed
 
 
-def wait_and_kill(process, out, seconds, while_saving, draw):
-    """Kill it at a random moment, or when it next writes a checkpoint: -> whether it did that."""
+def readable(path):
+    """Whether the checkpoint is whole; none at all will do, too."""
+    return path is None or bool(train_mnist.read_checkpoint(path))
+
+
+def wait_and_kill(process, out, seconds, while_saving):
+    """So many seconds into the training, or when it then writes a checkpoint: -> whether it did."""
     def parts():
         return os.path.isdir(out) and any(name.endswith(".part") for name in os.listdir(out))
 
-    end, old = time.perf_counter() + seconds * draw.random(), parts()
-    while time.perf_counter() < end and process.poll() is None:
-        time.sleep(0.01)
-    while while_saving and process.poll() is None and not (parts() and not old):
-        old = old and parts()            # what the last one left is deleted at the start
+    for line in process.stdout:
+        if line.startswith("checkpoint"):          # the first step comes next
+            break
+    time.sleep(seconds)
+    while while_saving and process.poll() is None and not parts():
+        pass
     process.kill()
-    return bool(while_saving) and parts()
+    return while_saving and parts()
 
 
 def torture_interrupted(held, times=5):
@@ -1919,10 +1930,9 @@ def torture_full_disk(held):
                 if run is None:
                     return
                 kept = only_checkpoint(f"{disk}-kept")
-                readable = kept is None or bool(train_mnist.read_checkpoint(kept))
                 lines = run.stderr.strip().splitlines()
-                held(f"{script} on a full disk", run.returncode == 2 and len(lines) == 1
-                     and readable and (kept is not None) == (part > 1), run.stdout + run.stderr)
+                held(f"{script} on a full disk", run.returncode == 2 and len(lines) == 1 and
+                     readable(kept) and (kept is not None) == (part > 1), run.stdout + run.stderr)
                 print(f"    {script}, room for {part} checkpoints: {lines[-1:]}", flush=True)
             run = unshared("-rm", f"mount -t tmpfs -o ro none {disk} && cd {disk} && {train}")
             lines = run.stderr.strip().splitlines()
