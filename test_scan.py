@@ -1632,7 +1632,8 @@ def learned(path):
 def torture_killed_and_resumed(held, kills=20):
     """SIGKILL, half of the times while a checkpoint is being written: the same weights at the end.
 
-    A training that has come to its end is compared, and begun anew.
+    Each time within a quarter of the training. One that has come to its end is compared, and begun
+    anew.
     """
     for script, flags in SHORT.items():
         draw, killed = random.Random(0), 0
@@ -1649,7 +1650,7 @@ def torture_killed_and_resumed(held, kills=20):
                                        flags + ["--out", "out"] + ["--resume"] * bool(path))
                 saving = False
                 if killed < kills and step < len(clock):   # else it may go on to its end
-                    seconds = draw.random() * (clock[-1] - clock[step - 1] if step else clock[-1])
+                    seconds = draw.random() * clock[-1] / 4
                     saving = wait_and_kill(process, out, seconds, trial % 2 == 1)
                 _, err = process.communicate()
                 ended = process.returncode == 0
