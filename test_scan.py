@@ -2085,16 +2085,17 @@ def fuzz_valid(draw):
         y_exact, h_exact = exact["x"], exact.get("h0", torch.zeros_like(h).double())
     else:
         y_exact, h_exact = definition(**exact, discretization=chosen["discretization"])
-    double = h.dtype == torch.float64
-    y_allowed = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(y.dtype, 1e-12 if double else 2e-5)
-    differences = {"y": (y, y_exact, y_allowed), "h": (h, h_exact, 1e-12 if double else 2e-5)}
+    rough = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+    double = all(t.dtype == torch.float64 for t in tensors.values())
+    y_allowed = rough.get(y.dtype, 1e-12 if double else 2e-5)
+    h_allowed = 1e-12 if h.dtype == torch.float64 else 2e-5
+    differences = {"y": (y, y_exact, y_allowed), "h": (h, h_exact, h_allowed)}
     asked = {name: t for name, t in tensors.items() if t.requires_grad}
     if y.requires_grad and tensors["x"].shape[1]:
         gradients = torch.autograd.grad(y.double().sum() + h.double().sum(), asked.values())
         right = torch.autograd.grad(y_exact.sum() + h_exact.sum(), [exact[n] for n in asked])
         for name, ours, true in zip(asked, gradients, right):
-            allowed = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(
-                ours.dtype, 1e-10 if double else 1e-4)
+            allowed = rough.get(ours.dtype, 1e-10 if double else 1e-4)
             differences[f"gradient of {name}"] = ours, true, max(allowed, y_allowed)
     for name, (ours, true, allowed) in differences.items():
         if ours.shape != true.shape:

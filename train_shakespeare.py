@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from block import MambaLM, State, generate
 from s6 import write_rows
 from train_mnist import (RANK, Trainer, UserError, add_places, begun, check_writable,
-                         choose_device, describe, first_line, flags, gather, guard, join, mean_sd,
-                         number, read_checkpoint, results_name, run, share, try_each,
+                         choose_device, describe, first_line, flags, gather, guard, join, leave,
+                         mean_sd, number, read_checkpoint, results_name, run, share, try_each,
                          write_atomically)
 
 SETTINGS = ("seed", "epochs", "batch", "block", "lr", "weight_decay", "average", "forget",
@@ -476,4 +476,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -51,8 +51,8 @@ from block import MambaLM
 from rnn import RNN
 from s6 import S6, write_rows
 from train_mnist import (UserError, add_places, check_writable, choose_device, describe,
-                         first_line, guard, load_data, mean_sd, normalize, number, read_checkpoint,
-                         write_atomically)
+                         first_line, guard, leave, load_data, mean_sd, normalize, number,
+                         read_checkpoint, write_atomically)
 from vision import DIRECTIONS
 
 FLOOR = 1e-9         # a Δ under this counts as this: where A = -1, a million of them forget 0.1 %
@@ -1008,4 +1008,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
