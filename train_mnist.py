@@ -989,8 +989,9 @@ def draw_loss(path, trainers):
     for ax in axes:
         ax.grid(alpha=0.3, which="both")
     axes[0].legend(frameon=False)
-    figure.suptitle(f"{runs[0].data.name}: mean of {len(runs)} seeds, band from lowest to highest",
-                    fontsize=10)
+    seeds = f"mean of {len(runs)} seeds, band from lowest to highest" if len(runs) > 1 else (
+        f"seed {runs[0].settings['seed']}")
+    figure.suptitle(f"{runs[0].data.name}: {seeds}", fontsize=10)
     figure.savefig(path, dpi=120, format="png")
 
 
