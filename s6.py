@@ -478,7 +478,7 @@ class S6(nn.Module):
         """
         check_sequence(self, x, len(self.D))
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)    # B, C: (b, l, n)
-        dt = self.dt_proj(dt)                    # Δ never in half precision: it multiplies A ≤ -1
+        dt = self.dt_proj(dt)                    # Δ never in half precision: exp(ΔA) adds up
         delta = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))        # (b, l, d)
         if mask is not None:
             padding = (mask == 0).unsqueeze(-1)

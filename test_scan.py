@@ -1596,8 +1596,6 @@ SHORT = {          # trainings of seconds, with a checkpoint after each of many 
     "train_shakespeare.py": ["--data", "synthetic", "--quick", "--epochs", "8", "--batch", "64",
                              "--d-model", "16", "--layers", "1"],
 }
-
-
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
 
 
@@ -2165,8 +2163,8 @@ def torture_fuzzed_arguments(held, calls=2000):
                -math.inf, 3e38, -1.0, 0.0)), t.detach()) for name, t in tensors.items()}
         try:
             shape, problem = selective_scan(**bad, **chosen)[0].shape, ""
-        except Exception as error_:
-            shape, problem = None, str(error_)
+        except Exception as failure:
+            shape, problem = None, str(failure)
         held("selective_scan, not finite: comes back", shape == bad["x"].shape, problem)
     for _ in range(calls // len(LAYERS) + 1):
         for name in LAYERS:

@@ -18,7 +18,7 @@ reads the tokens. (The budgets are made even for the default settings.)
 The recipe: AdamW, its learning rate rising over the first tenth of the steps and then falling to
 zero along a cosine; small random affine warps (photographs are shifted and mirrored, and their
 labels smoothed; single pixels are read once and left alone); and a moving average of the weights,
-which is what is tested. It was chosen on 5,000 images held out of the training set
+which is what is tested. That of the digits was chosen on 5,000 images held out of the training set
 (`--holdout 5000`). The test set decided nothing: it is measured after each epoch for the figure,
 and the table takes the last.
 
