@@ -950,7 +950,7 @@ def test_a_pixel_is_guessed_from_those_before_it_and_drawn_one_by_one():
     for i, j in itertools.product(range(4), range(5)):
         assert places[i, j] == table[i, 0] + table[4 + j, 0]
     model, seen = PixelLM([], 8, (4, 5)), []
-    model.embedding.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.tables.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     model(F.pad(torch.arange(19), (1, 0), value=vision.BEGIN).unsqueeze(0))
     for i, row in enumerate(seen[0].tolist()):
         for kind, (up, right) in enumerate(vision.NEIGHBOURS):
@@ -1323,7 +1323,7 @@ def test_every_documented_error_of_the_models_is_raised():
         raises([name.replace("Stack", "Block"), "(b, l, 6)", "(2, 9, 5)"],
                lambda: layer()(torch.randn(2, 9, 5)))
     raises(["d_model", "3"], lambda: VisionMamba(3, stem="deep"))
-    raises(["2 or more wide"], lambda: PixelLM([], 8, (3, 1)))
+    raises(["4 or more wide"], lambda: PixelLM([], 8, (3, 3)))
     writer, tokens = PixelLM([MambaBlock(8)], 8, (3, 4)), torch.zeros(1, 13, dtype=torch.int64)
     raises(["13 tokens", "3x4"], lambda: writer(tokens))
     raises(["0 to 256"], lambda: writer(tokens[:, :5] + 257))

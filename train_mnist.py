@@ -75,7 +75,7 @@ DEFAULTS = {
         "augment": False, "d_model": 64, "layers": 2, "hidden": 153, "state": 92,
         "pool": "mean", "fuse": "average"},
     "next-pixel": {
-        "seeds": [0], "epochs": 1, "batch": 16, "lr": 3e-3, "d_model": 64, "layers": 4,
+        "seeds": [0], "epochs": 1, "batch": 16, "lr": 6e-3, "d_model": 64, "layers": 2,
         "state": 62},
     "cifar10": {
         "seeds": [0], "epochs": 5, "batch": 64, "lr": 3e-3, "smoothing": 0.1,

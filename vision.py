@@ -208,36 +208,45 @@ class VisionMamba(ImageClassifier):
 
 GREYS = 256
 BEGIN = GREYS        # the token before the first pixel, and whatever lies above the image
-# What a pixel is guessed from at first sight, as (rows up, columns to the right). The image is read
-# as one line: beyond its left and right edge are pixels of the other side, a row away.
-NEIGHBOURS = [(0, -1), (0, -2), (1, -1), (1, 0), (1, 1), (2, 0)]
+# What lies close to a pixel and before it, as (rows up, columns to the right). The image is read as
+# one line: beyond its left and right edge are pixels of the other side, a row away.
+NEIGHBOURS = [(0, -i) for i in (1, 2, 3)] + [(up, i) for up in (1, 2, 3) for i in range(-3, 4)]
 
 
 class PixelLM(nn.Module):
     """Tokens (b, l) int64, BEGIN and then pixels -> logits (b, l, 256) for the pixel after each.
 
+        near   = Σ_i table_i[neighbour i] + row + column                       (b, l, wide)
+        far    = widen(blocks(narrow(near)))                                   (b, l, wide)
+        logits = head(mlp(near + far))
+
     blocks      MambaBlocks, or the S4Blocks of rnn.py: what can be run from a state
+    d_model     the width of the blocks
     image_size  (height, width)
 
     Read row by row, the pixel above is a whole row ago, and a recurrence has no ruler. So its input
     tells the row and the column of the pixel to be guessed, and its NEIGHBOURS, those that are
     known: a first layer for this task as the stem is for the other. What is further away, the
-    state must remember.
-    Raises ValueError for an image of one column.
+    state must remember. The grey of an edge depends on the exact greys around it: that takes a wide
+    MLP, which needs no more than these, while the scan stays narrow.
+    Raises ValueError for an image that is less than 4 pixels wide.
     """
 
-    def __init__(self, blocks, d_model, image_size=(28, 28)):
+    def __init__(self, blocks, d_model, image_size=(28, 28), wide=384):
         super().__init__()
-        if image_size[1] < 2:
-            raise ValueError(f"PixelLM: image_size must be 2 or more wide, got {image_size}")
+        if image_size[1] < 4:
+            raise ValueError(f"PixelLM: image_size must be 4 or more wide, got {image_size}")
         self.image_size = tuple(image_size)
-        self.embedding = nn.EmbeddingBag(len(NEIGHBOURS) * (GREYS + 1), d_model, mode="sum")
-        nn.init.normal_(self.embedding.weight, std=0.5)
-        self.position = nn.Parameter(torch.randn(sum(image_size), d_model))
+        self.tables = nn.EmbeddingBag(len(NEIGHBOURS) * (GREYS + 1), wide, mode="sum")
+        nn.init.normal_(self.tables.weight, std=len(NEIGHBOURS) ** -0.5)
+        self.position = nn.Parameter(0.1 * torch.randn(sum(image_size), wide))
+        self.narrow, self.widen = nn.Linear(wide, d_model), nn.Linear(d_model, wide)
         self.blocks = nn.ModuleList(blocks)
         scale_residuals(self.blocks)
-        self.norm = RMSNorm(d_model)
-        self.head = nn.Linear(d_model, GREYS)
+        self.mlp = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(wide), nn.SiLU(), nn.Linear(wide, wide)) for _ in range(2))
+        self.norm = nn.LayerNorm(wide)
+        self.head = nn.Linear(wide, GREYS)
 
     def forward(self, tokens, states=None, *, return_state=False):
         """As MambaLM's; states are the number of tokens read, the last of them, and the blocks'.
@@ -256,12 +265,16 @@ class PixelLM(nn.Module):
             raise ValueError(f"PixelLM: tokens must be from 0 to {BEGIN}")
         window, new = torch.cat([window, tokens], 1), []                       # (b, reach + l)
         near = torch.stack([window[:, reach - i:][:, :l] + kind * (GREYS + 1)
-                            for kind, i in enumerate(back)], -1)               # (b, l, 6)
-        x = self.embedding(near.flatten(0, 1)).view(b, l, -1)                  # (b, l, d_model)
-        x = x + along_axes(self.position, height, width)[place:place + l]
+                            for kind, i in enumerate(back)], -1)               # (b, l, 24)
+        near = self.tables(near.flatten(0, 1)).view(b, l, -1)                  # (b, l, wide)
+        near = near + along_axes(self.position, height, width)[place:place + l]
+        x = self.narrow(near)                                                  # (b, l, d_model)
         for block, state in zip(self.blocks, before):
             out = block(x, state, return_state=return_state)
             x, state = out if return_state else (out, None)
             new.append(state)
+        x = near + self.widen(x)                                               # (b, l, wide)
+        for layer in self.mlp:
+            x = x + layer(x)
         logits = self.head(self.norm(x))                                       # (b, l, 256)
         return (logits, (place + l, window[:, l:], new)) if return_state else logits
