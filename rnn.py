@@ -1,9 +1,10 @@
 """rnn.py: what came before: recurrences whose dynamics do not look at the input.
 
-    h_t = tanh(W x_t + U h_{t-1} + b)             the vanilla RNN (Elman 1990)
-    h_t = Ā h_{t-1} + B̄ x_t,  y_t = 2 Re(C h_t)   S4: linear, and the same at every token
+    h_t = tanh(W x_t + U h_{t-1} + b)                      the vanilla RNN (Elman 1990)
+    h_t = Ā h_{t-1} + B̄ x_t,  y_t = 2 Re(C h_t) + D x_t    S4: linear, and the same at every token
 
-Take tanh away from the first, and what is left can be unrolled: y_t = Σ_k 2 Re(C Ā^k B̄) x_{t-k}.
+Take tanh away from the first, and what is left can be unrolled: y_t = Σ_k 2 Re(C Ā^k B̄) x_{t-k} +
+D x_t.
 The recurrence is a convolution with a kernel as long as the sequence, and one FFT computes it at
 all tokens at once. That is S4: trained as a convolution, and run as a recurrence. What makes its
 memory long is A: HiPPO gives the one that keeps the past of a signal as Legendre coefficients.
@@ -143,8 +144,8 @@ def _powers(step, l):
 class S4(nn.Module):
     """x (b, l, d) -> y (b, l, d): each channel has a linear recurrence of its own, n numbers wide.
 
-    n real numbers are n/2 complex ones and their mirror images, which double the real part. Δ, A
-    and C are learned; B is HiPPO's, since the output depends on the product of B and C alone.
+    n real numbers are n/2 complex ones and their mirror images, which double the real part. Δ, A,
+    C and the skip D are learned; B is HiPPO's, since y depends on the product of B and C alone.
     Raises ValueError for an odd n.
     """
 
@@ -172,7 +173,7 @@ class S4(nn.Module):
         h      the state to go on from, None for zero
         mode   "convolution": all tokens at once, by FFT. "recurrence": one after the other. They
                agree up to rounding. "auto": a single token by the second, more by the first
-        Raises ValueError for another mode or shape.
+        Raises ValueError for another mode, or shape of x.
         """
         if mode not in (*MODES, "auto"):
             raise ValueError(f"S4: mode must be \"auto\" or one of {MODES}, got {mode!r}")
@@ -228,7 +229,10 @@ class S4Block(nn.Module):
 
 
 class S4Stack(nn.Module):
-    """x (b, l, d_model) -> (b, l, d_model): blocks, one after the other."""
+    """x (b, l, d_model) -> (b, l, d_model): blocks, one after the other, each as it was drawn.
+
+    (`scale_residuals` is Mamba's: the S4 of the README's tables was trained without it.)
+    """
 
     def __init__(self, d_model, layers=4, n=64, dropout=0.0):
         super().__init__()

@@ -4,7 +4,7 @@
     python test_scan.py padding zoh    those whose name contains one of the words
     pytest test_scan.py                the same tests, for those who have pytest
     python test_scan.py --torture      kills, damage, full disks, no network, random arguments: a
-                                       table of tried and held after half an hour; also by words
+                                       table of tried and held after ten minutes or so; or words
 
 Each test is a sentence that is true, and says which bug would make it false. It prints the error
 that it found beside the error that it allows. Read them as a lesson: two steps by hand, then the
@@ -589,12 +589,15 @@ def test_all_models_have_one_budget():
     assert counts["bidirectional"] == counts["causal"] <= 100_000
     assert all(abs(count / counts["causal"] - 1) < 0.0101 for count in counts.values())
     for flags, most in ((["--tokens", "pixels"], 100_000), (["--dataset", "cifar10"], 1_200_000),
-                        (["--task", "next-pixel"], 400_000)):
+                        (["--task", "next-pixel"], 100_000)):
         args = vars(train_mnist.parse(flags))
-        kind = PixelTrainer if args["task"] == "next-pixel" else ImageTrainer
-        counts = {model: sum(p.numel() for p in kind.build(dict(args, model=model)).parameters())
-                  for model in kind.models}
-        print(f"    {' '.join(flags)}: {counts}")
+        writing = args["task"] == "next-pixel"   # most of a PixelLM are tables, the same for both
+        kind, counts = PixelTrainer if writing else ImageTrainer, {}
+        for name in kind.models:
+            model = kind.build(dict(args, model=name))
+            part = model.blocks if writing else model
+            counts[name] = sum(p.numel() for p in part.parameters())
+        print(f"    {' '.join(flags)}{', the blocks' * writing}: {counts}")
         assert max(counts.values()) <= most
         assert max(counts.values()) < 1.0101 * min(counts.values())
     counts = {name: sum(p.numel() for p in visualize_delta.build(name, 0).parameters())
@@ -949,21 +952,33 @@ def test_a_pixel_is_guessed_from_those_before_it_and_drawn_one_by_one():
     places = vision.along_axes(table, 4, 5).view(4, 5)
     for i, j in itertools.product(range(4), range(5)):
         assert places[i, j] == table[i, 0] + table[4 + j, 0]
-    model, seen = PixelLM([], 8, (4, 5)), []
-    model.tables.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    model(F.pad(torch.arange(19), (1, 0), value=vision.BEGIN).unsqueeze(0))
-    for i, row in enumerate(seen[0].tolist()):
-        for kind, (up, right) in enumerate(vision.NEIGHBOURS):
-            pixel = i - 5 * up + right
-            assert row[kind] == 257 * kind + (pixel if pixel >= 0 else vision.BEGIN)
-    print(f"    pixel 12 of 4×5 is guessed from {[token % 257 for token in seen[0][12].tolist()]}")
     torch.manual_seed(0)
+    model = PixelLM([], 8, (4, 5), wide=6).double()
+    logits = model(F.pad(torch.arange(19), (1, 0), value=vision.BEGIN).unsqueeze(0))[0]
+    for i in range(20):                            # pixel i of the image is i
+        seen = [i - 5 * up + right for up, right in vision.NEIGHBOURS]
+        seen = [pixel if pixel >= 0 else vision.BEGIN for pixel in seen]
+        x = model.position[i // 5] + model.position[4 + i % 5] + sum(
+            model.tables.weight[257 * kind + pixel] for kind, pixel in enumerate(seen))
+        x = x + model.widen(model.narrow(x))
+        for norm, _, linear in model.mlp:
+            x = x + linear(F.silu(norm(x)))
+        assert error(logits[i], model.head(model.norm(x))) < 1e-12, i
+        if i == 12:
+            print(f"    pixel 12 of 4×5 is guessed from {seen}")
     inputs, pixels = train_mnist.as_tokens(torch.arange(12, dtype=torch.uint8).view(1, 1, 3, 4))
     assert inputs.tolist() == [[256, *range(11)]] and pixels.tolist() == [list(range(12))]
     for layer in (MambaBlock(8), S4Block(8, n=4)):
         model = PixelLM([layer, copy.deepcopy(layer)], 8, (3, 4))
         with torch.no_grad():
             model.head.weight.mul_(20)             # far from even chances
+            model.widen.weight.mul_(20)            # what the blocks remember weighs as much
+        logits, states, steps = model(inputs), None, []
+        for token in inputs.split(1, 1):
+            step, states = model(token, states, return_state=True)
+            steps.append(step)
+        allow(f"{type(layer).__name__}: logits pixel by pixel", error(torch.cat(steps, 1), logits),
+              1e-5)
         ours = train_mnist.complete(model.eval(), pixels[:, :5], 12, seed=3)
         generator, tokens = torch.Generator().manual_seed(3), inputs[:, :6]
         for _ in range(7):                         # without a state: from the beginning every time
@@ -1035,7 +1050,7 @@ def test_the_command_in_a_row_repeats_its_run():
     for flags in (["--model", "s4"], ["--tokens", "pixels", "--model", "causal", "--epochs", "1"],
                   ["--task", "next-pixel"], ["--task", "next-pixel", "--model", "s4", "--lr", "1"],
                   ["--dataset", "cifar10", "--lr", "2e-3", "--no-augment"], ["--bf16"],
-                  ["--limit", "64", "--holdout", "100"]):
+                  ["--limit", "64", "--holdout", "100"], ["--layers", "0"]):
         args = train_mnist.parse(flags + ["--seed", "5"])
         data = digits()._replace(name="cifar10" if "cifar10" in flags else "mnist")
         data = train_mnist.shrink(data, args)
@@ -1327,6 +1342,7 @@ def test_every_documented_error_of_the_models_is_raised():
     writer, tokens = PixelLM([MambaBlock(8)], 8, (3, 4)), torch.zeros(1, 13, dtype=torch.int64)
     raises(["13 tokens", "3x4"], lambda: writer(tokens))
     raises(["0 to 256"], lambda: writer(tokens[:, :5] + 257))
+    raises(["(b, l)", "(13,)"], lambda: writer(tokens[0]))
     model = VisionMamba(16)
     raises(["28x28", "(1, 1, 32, 32)"], lambda: model(torch.randn(1, 1, 32, 32)))
     raises(["(b, 1, height, width)", "(1, 3, 28, 28)"], lambda: model(torch.randn(1, 3, 28, 28)))
@@ -1465,6 +1481,8 @@ def test_what_delta_cannot_be_read_from_is_named():
         for trainer in (ImageTrainer(small(model="rnn"), digits(), CPU), text_trainer()):
             trainer.save(path)
             raises([path, "no Vision Mamba"], lambda: look("--checkpoint", path), UserError)
+        ImageTrainer(small(layers=0), digits(), CPU).save(path)
+        raises([path, "0 layers"], lambda: look("--checkpoint", path), UserError)
         whole = train_mnist.read_checkpoint(other)
         for change in ({"average": []}, {"average": {}}, {"scores": None},
                        {"settings": {**whole["settings"], "d_model": "wide"}}):
@@ -1517,6 +1535,16 @@ def test_the_flags_of_the_recipe_change_the_loss():
         losses[str(name)] = ImageTrainer(small(**name), data, CPU).loss()[0].item()
     print(f"    {losses}")
     assert len(set(losses.values())) == 4 and max(losses.values()) < min(losses.values()) + 0.1
+    for model in ("causal", "s4"):                 # the next pixel, at the residual stream's dtype
+        chosen, pair = settings("--task", "next-pixel", model=model, batch=4, layers=1), []
+        for bf16 in (False, True):
+            trainer, dtypes = PixelTrainer(dict(chosen, bf16=bf16), data, CPU), set()
+            for layer in trainer.model.blocks:
+                layer.register_forward_pre_hook(lambda _, inputs: dtypes.add(inputs[0].dtype))
+            pair.append(trainer.loss()[0].item())
+            assert dtypes == {torch.float32}
+        print(f"    next pixel, {model}, float32 and bfloat16: {pair}")
+        assert pair[0] != pair[1] and abs(pair[0] - pair[1]) < 0.1
 
 
 def test_a_download_goes_on_to_the_next_address():
@@ -1572,6 +1600,9 @@ def test_a_wrong_flag_is_answered_with_what_is_right():
                          (["--task", "next-pixel", "--stem", "conv"], "--stem"),
                          (["--tokens", "pixels", "--stem", "conv"], "--stem"),
                          (["--models", "rnn"], "--compare"), (["--state", "3"], "even"),
+                         (["--seeds", "1"], "--compare"), (["--compare", "--seed", "1"], "--seeds"),
+                         (["--compare", "--model", "s4"], "--models"),
+                         (["--layers", "0", "--compare"], "RNN"),
                          (["--digit", "10"], "between 0 and 9"), (["--task", "sums"], "needle")):
         err = io.StringIO()
         try:

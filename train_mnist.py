@@ -13,7 +13,8 @@
 
 Every model gets the same tokens (the stem), the same pooling, a linear head, the same number of
 parameters to 1 %, the same augmented images, optimizer and schedule. What differs is the body that
-reads the tokens. (The budgets are made even for the default settings.)
+reads the tokens. (The budgets are made even for the default settings. For the next pixel, both
+models share what is done pixel by pixel, and their blocks have the same number of parameters.)
 
 The recipe: AdamW, its learning rate rising over the first tenth of the steps and then falling to
 zero along a cosine; small random affine warps (photographs are shifted and mirrored, and their
@@ -390,7 +391,7 @@ def warp(images, degrees, scale, shear, shift, generator=None):
 
 
 def crop_and_flip(images, padding=2):
-    """Each image (b, c, h, w) shifted by up to `padding` pixels, and every second one mirrored."""
+    """Each image (b, c, h, w) shifted by up to `padding` pixels, and mirrored or not, by chance."""
     b, _, h, w = images.shape
     images = F.pad(images, (padding,) * 4, mode="reflect")
     top, left = torch.randint(2 * padding + 1, (2, b, 1), device=images.device)
@@ -1056,7 +1057,7 @@ def add_flags(add):
         help="next-pixel guesses each pixel from those before, default %(default)s")
     add("--tokens", choices=["patches", "pixels"], default="patches",
         help="49 patches, or 784 single pixels; default %(default)s")
-    add("--seed", type=seed, default=0, help="default %(default)s")
+    add("--seed", type=seed, help="default 0")
     add("--compare", action="store_true", help="each of --models with each of --seeds")
     add("--models", choices=list(MODELS), nargs="+", help="default all that can do it")
     add("--seeds", type=seed, nargs="+", help=by_job("seeds"))
@@ -1074,8 +1075,9 @@ def add_flags(add):
         help=by_job("augment", "warp digits; shift and mirror photographs, "))
     add("--bf16", action="store_true",
         help="train under autocast to bfloat16; weights and test stay in float32")
-    add("--d-model", type=count, help=by_job("d_model", "width of the tokens, "))
-    add("--layers", type=count, help=by_job("layers", "S4 gets twice as many, "))
+    add("--d-model", type=count, help=by_job("d_model", "width of the residual stream, "))
+    add("--layers", type=number(int, 0),
+        help=by_job("layers", "S4 gets twice as many; 0: nothing reads the tokens, "))
     add("--hidden", type=count, help=by_job("hidden", "width of the RNN, "))
     add("--state", type=count, help=by_job("state", "numbers in the state of S4, even, "))
     add("--stem", choices=STEMS, help=by_job("stem", "from pixels to tokens, "))
@@ -1097,6 +1099,10 @@ def parse(arguments):
         args.tokens = "pixels"
     job = "next-pixel" if writing else "pixels" if args.tokens == "pixels" else args.dataset
     defaults = DEFAULTS[job]
+    if not args.compare and (args.models or args.seeds):
+        p.error("--models and --seeds go with --compare; one run has a --model and a --seed")
+    if args.compare and (args.model or args.seed is not None):
+        p.error("--model and --seed are those of one run; --compare has --models and --seeds")
     if args.quick and not args.epochs:
         args.epochs = min(2, defaults["epochs"])
     for name in {name for defaults in DEFAULTS.values() for name in defaults}:
@@ -1108,14 +1114,15 @@ def parse(arguments):
         p.error(f"--state must be even, got {args.state}")
     if cifar and (writing or args.data == "synthetic"):
         p.error("--dataset cifar10 has no synthetic images, and no --task next-pixel")
-    if args.models and not args.compare:
-        p.error("--models goes with --compare; for a single one there is --model")
     able = (PixelTrainer if writing else ImageTrainer).models
+    args.seed = args.seed or 0
     args.model = args.model or ("causal" if writing else "bidirectional")
     args.models = args.models or able
     if not {args.model, *args.models} <= set(able):
         p.error(f"--task next-pixel: --model must be one of {able}, which do not see the pixel "
                 f"that they guess, and can be run from a state")
+    if not args.layers and "rnn" in (args.models if args.compare else [args.model]):
+        p.error("--layers 0: an RNN has 1 or more; take another --model, or other --models")
     return args
 
 

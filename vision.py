@@ -218,17 +218,18 @@ class PixelLM(nn.Module):
 
         near   = Σ_i table_i[neighbour i] + row + column                       (b, l, wide)
         far    = widen(blocks(narrow(near)))                                   (b, l, wide)
-        logits = head(mlp(near + far))
+        logits = head(norm(mlp(near + far)))        mlp: twice x ↦ x + W SiLU(norm(x))
 
     blocks      MambaBlocks, or the S4Blocks of rnn.py: what can be run from a state
     d_model     the width of the blocks
     image_size  (height, width)
+    wide        the width of all that is done pixel by pixel
 
-    Read row by row, the pixel above is a whole row ago, and a recurrence has no ruler. So its input
+    Read row by row, the pixel above is a whole row ago, which is far for a recurrence. So its input
     tells the row and the column of the pixel to be guessed, and its NEIGHBOURS, those that are
-    known: a first layer for this task as the stem is for the other. What is further away, the
-    state must remember. The grey of an edge depends on the exact greys around it: that takes a wide
-    MLP, which needs no more than these, while the scan stays narrow.
+    known: a first layer for this task as the stem is for the other. The grey of an edge depends
+    on the exact greys around it, and learning how takes tables and a wide MLP. What is further
+    away, the state must remember; there a narrow residual stream will do.
     Raises ValueError for an image that is less than 4 pixels wide.
     """
 
@@ -251,8 +252,11 @@ class PixelLM(nn.Module):
     def forward(self, tokens, states=None, *, return_state=False):
         """As MambaLM's; states are the number of tokens read, the last of them, and the blocks'.
 
-        Raises ValueError for more tokens than the image has pixels, and for a token that is none.
+        Raises ValueError for another shape, for more tokens than the image has pixels, and for a
+        token that is none.
         """
+        if tokens.ndim != 2:
+            raise ValueError(f"PixelLM: tokens must have shape (b, l), got {tuple(tokens.shape)}")
         (b, l), (height, width) = tokens.shape, self.image_size
         back = [up * width - right - 1 for up, right in NEIGHBOURS]   # token i is pixel i-1
         reach = max(back)
@@ -264,12 +268,12 @@ class PixelLM(nn.Module):
         if ((tokens < 0) | (tokens > BEGIN)).any():
             raise ValueError(f"PixelLM: tokens must be from 0 to {BEGIN}")
         window, new = torch.cat([window, tokens], 1), []                       # (b, reach + l)
-        near = torch.stack([window[:, reach - i:][:, :l] + kind * (GREYS + 1)
+        seen = torch.stack([window[:, reach - i:][:, :l] + kind * (GREYS + 1)
                             for kind, i in enumerate(back)], -1)               # (b, l, 24)
-        near = self.tables(near.flatten(0, 1)).view(b, l, -1)                  # (b, l, wide)
+        near = self.tables(seen.flatten(0, 1)).view(b, l, -1)                  # (b, l, wide)
         near = near + along_axes(self.position, height, width)[place:place + l]
-        x = self.narrow(near)                                                  # (b, l, d_model)
-        for block, state in zip(self.blocks, before):
+        x = self.narrow(near).to(near.dtype)    # the residual stream is not autocast to bfloat16
+        for block, state in zip(self.blocks, before, strict=True):             # (b, l, d_model)
             out = block(x, state, return_state=return_state)
             x, state = out if return_state else (out, None)
             new.append(state)

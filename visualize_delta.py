@@ -167,6 +167,8 @@ def load_classifier(path, device):
         raise UserError(f"{path} holds a model of {settings['dataset']} by "
                         f"{settings.get('tokens')}, and only one of digits by patches can be "
                         f"looked at: {other}")
+    if settings.get("layers") == 0:
+        raise UserError(f"{path} holds a model of 0 layers, and so no Δ: {other}")
     try:
         torch.manual_seed(train_mnist.seed_for(settings["seed"], "weights"))
         untrained = train_mnist.build(settings)
