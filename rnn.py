@@ -3,11 +3,11 @@
     h_t = tanh(W x_t + U h_{t-1} + b)                      the vanilla RNN (Elman 1990)
     h_t = Ā h_{t-1} + B̄ x_t,  y_t = 2 Re(C h_t) + D x_t    S4: linear, and the same at every token
 
-Take tanh away from the first, and what is left can be unrolled: y_t = Σ_k 2 Re(C Ā^k B̄) x_{t-k} +
-D x_t.
-The recurrence is a convolution with a kernel as long as the sequence, and one FFT computes it at
-all tokens at once. That is S4: trained as a convolution, and run as a recurrence. What makes its
-memory long is A: HiPPO gives the one that keeps the past of a signal as Legendre coefficients.
+Take tanh away from the first, and what is left can be unrolled: y_t = D x_t + Σ_k K_k x_{t-k}, with
+K_k = 2 Re(C Ā^k B̄). The recurrence is a convolution with a kernel K as long as the sequence, and
+one FFT computes it at all tokens at once. That is S4: trained as a convolution, and run as a
+recurrence. What makes its memory long is A: HiPPO gives the one that keeps the past of a signal as
+Legendre coefficients.
 
 S6 is the same recurrence again, with Δ, B and C made from x. So it can choose what to remember, and
 is a convolution no longer: that is why s6.py needs a scan.

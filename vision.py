@@ -244,6 +244,7 @@ class PixelLM(nn.Module):
         self.narrow, self.widen = nn.Linear(wide, d_model), nn.Linear(d_model, wide)
         self.blocks = nn.ModuleList(blocks)
         scale_residuals(self.blocks)
+        # LayerNorm is one kernel on a CPU, RMSNorm several: that matters where tokens are wide.
         self.mlp = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(wide), nn.SiLU(), nn.Linear(wide, wide)) for _ in range(2))
         self.norm = nn.LayerNorm(wide)
