@@ -20,8 +20,8 @@ The recipe: AdamW, its learning rate rising over the first tenth of the steps an
 zero along a cosine; small random affine warps (photographs are shifted and mirrored, and their
 labels smoothed; single pixels are read once and left alone); and a moving average of the weights,
 which is what is tested. That of the digits was chosen on 5,000 images held out of the training set
-(`--holdout 5000`). The test set decided nothing: it is measured after each epoch for the figure,
-and the table takes the last.
+(`--holdout 5000`). There the test set decided nothing: it is measured after each epoch for the
+figure, and the table takes the last. (How the next pixel's settings were chosen: see the README.)
 
 No network and no files: digits drawn with matplotlib's fonts stand in for MNIST, and are announced
 and labelled so.
