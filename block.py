@@ -1,26 +1,40 @@
 """block.py: what Mamba wraps around the scan: gate, short convolution, norm, residual; and the LM.
 
-    a, z = in_proj(norm(x))              widen d_model to twice d: a goes in, z is the gate
-    y    = S6(SiLU(conv(a)))             each token meets the three before it, then the state
-    x    = x + out_proj(y · SiLU(z))     the gate lets through what this token needs
+         x  (b, l, d_model)
+         ├───────────────┐
+         │             norm
+         │            in_proj          widen d_model to twice d = 2 d_model
+         │           ┌───┴───┐
+         │         a │       │ z       (b, l, d) each
+         │         conv      │         each token meets the three before it
+         │         SiLU      │
+         │          S6      SiLU       the state; the gate: what does this token need of it?
+         │           └── · ──┘
+         │          out_proj
+         └────── + ──────┘
+                 x  (b, l, d_model)
 
-One block does the work of a Transformer's two: S6 mixes along the sequence, as attention does, and
-in_proj and out_proj mix along the channels, as the MLP does. The convolution is causal and four
-tokens long. It gives Δ, B and C a glimpse of the neighbourhood, so that "write this down" can
-depend on more than one token.
+One block does the work of a Transformer's two layers: S6 mixes along the sequence, as attention
+does, and in_proj and out_proj mix along the channels, as the MLP does. (Two blocks have about as
+many parameters as one layer of attention and MLP: section 3.4.) The convolution is causal and four
+tokens long. It shows Δ, B and C the neighbourhood of a token, so that "write this down" can depend
+on more than the token itself.
 
 A block can stop and go on. `State` is all it remembers of a sequence, however long: a window of the
-convolution's last three inputs, and the state h of the scan. `MambaLM` stacks blocks between an
-embedding and a head that is the embedding again, and its state is one State per block. `generate`
-writes text from that state, at the same cost per token however long the text has become.
+convolution's last three inputs, and the state h of the scan. As with PyTorch's LSTM, whatever has a
+state returns two things: `y, state = layer(x, state)`; without a state it begins anew.
+
+`MambaLM` stacks blocks between an embedding and a head that is the embedding again, and its states
+are one State per block. `generate` writes text from them, at the same cost per token however long
+the text has become. Weights come from, and go back to, the official models by their names.
 
 Symbols: the glossary of s6.py; besides, d_model is the width of the residual stream, and d that
-inside the block, twice as wide. Left out: dropout, and the fused kernel's trick of computing the
-gate within the scan.
+inside the block. Left out: dropout, and the fused kernel's trick of computing the gate in the scan.
 Read before: s6.py. Read next: vision.py, the same block for images.
 Source: Gu & Dao 2023, section 3.4 and figure 3; initialisation as in the authors' code.
 """
 # No `from __future__ import annotations` here: TorchScript reads the annotations of this file.
+import math
 from typing import List, NamedTuple, Tuple
 
 import torch
@@ -46,7 +60,7 @@ class RMSNorm(nn.Module):
 
 
 def causal_conv(x, weight, bias, window=None):
-    """y_t = bias + Σ_i weight_i x_{t-w+1+i}, i = 0 … w-1, channel by channel: (b, l, d) both.
+    """y_t = bias + Σ_i weight_i x_{t-w+1+i}, i = 0 … w-1, channel by channel: x, y (b, l, d).
 
     weight (d, 1, w), bias (d,); window (b, w-1, d): the inputs before the first token, None for 0.
     """
@@ -72,15 +86,15 @@ def _take(x, index):
 
 
 class ConvS6(nn.Module):
-    """a ↦ S6(SiLU(conv(a))), (b, l, d) both: one reading of a sequence, in one direction."""
+    """a (b, l, d) -> S6(SiLU(conv(a))), (b, l, d): reads a sequence in one direction."""
 
     def __init__(self, d, n=16, dt_rank=None, d_conv=4):
         super().__init__()
         self.conv1d = nn.Conv1d(d, d, d_conv, groups=d)     # holds the weights: see causal_conv
         self.s6 = S6(d, n, dt_rank)
 
-    def forward(self, a, state=None, mask=None, *, method="auto", return_state=False):
-        """a (b, l, d) -> y (b, l, d), and with return_state the State after the last token.
+    def forward(self, a, state=None, mask=None, *, method="auto"):
+        """a (b, l, d) -> y (b, l, d), and the State after the last token.
 
         state   the State to go on from, or None
         mask    (b, l) or None: 0 for padding, wherever it stands. The state passes over padding as
@@ -88,39 +102,34 @@ class ConvS6(nn.Module):
         Raises ValueError for another width, and as `selective_scan` does.
         """
         check_sequence(self, a, self.conv1d.in_channels)
+        b, l, d = a.shape
+        w, conv1d = self.conv1d.kernel_size[0], self.conv1d
         if mask is not None:
             # The convolution would see padding between two words. So padding moves behind the last
             # real token, where a causal model does not look, and in the end y moves back.
             padding = (mask == 0).unsqueeze(-1)
             order = torch.argsort((mask == 0).int(), dim=1, stable=True)
-            a = _take(a.masked_fill(padding, 0), order)
+            a, mask = _take(a.masked_fill(padding, 0), order), mask.gather(1, order)
         window, h0 = (None, None) if state is None else state
-        out = F.silu(causal_conv(a, self.conv1d.weight, self.conv1d.bias, window))
-        out = self.s6(out, h0, None if mask is None else mask.gather(1, order), method=method,
-                      return_state=return_state)
-        y, h = out if return_state else (out, None)
+        u = F.silu(causal_conv(a, conv1d.weight, conv1d.bias, window))         # (b, l, d)
+        y, h = self.s6(u, h0, mask, method=method)
+        # The next window: the last w-1 real tokens, of those that were known before and of a. In
+        # that order, real token number j of a stands at w-1 + j.
+        before = a.new_zeros(b, w - 1, d) if window is None else window.to(a.dtype)
+        count = a.new_full((b, 1), l, dtype=torch.int64) if mask is None else (
+            (mask != 0).sum(1, keepdim=True))                                  # (b, 1)
+        last = count + torch.arange(w - 1, device=a.device)                    # (b, w-1)
+        window = _take(torch.cat([before, a], 1), last)
         if mask is not None:
             y = _take(y, torch.argsort(order, dim=1)).masked_fill(padding, 0)
-        return (y, State(self._next_window(a, window, mask), h)) if return_state else y
-
-    def _next_window(self, a, window, mask):
-        """The last w-1 real tokens of window and a, (b, w-1, d)."""
-        b, l, d = a.shape
-        size = self.conv1d.kernel_size[0] - 1
-        window = a.new_zeros(b, size, d) if window is None else window.to(a.dtype)
-        tokens = torch.cat([window, a], 1)                                     # (b, w-1+l, d)
-        if mask is None:
-            return tokens[:, l:].clone()     # a view would keep all of them in memory
-        # Behind the window, real token j stands at size + j: the last `size` of them at count + …
-        last = (mask != 0).sum(1, keepdim=True) + torch.arange(size, device=a.device)  # (b, w-1)
-        return _take(tokens, last)
+        return y, State(window, h)
 
 
 # --------------------------------------------------------------------------------------------------
 # The block.
 
 class Mamba(nn.Module):
-    """The mixer, without norm and residual: (b, l, d_model) both. Its forward is as ConvS6's."""
+    """The mixer, without norm and residual: x (b, l, d_model) -> y, the same shape, and a State."""
 
     def __init__(self, d_model, n=16, expand=2, dt_rank=None, d_conv=4):
         super().__init__()
@@ -129,32 +138,31 @@ class Mamba(nn.Module):
         self.path = ConvS6(d, n, dt_rank, d_conv)
         self.out_proj = nn.Linear(d, d_model, bias=False)
 
-    def forward(self, x, state=None, mask=None, *, method="auto", return_state=False):
+    def forward(self, x, state=None, mask=None, *, method="auto"):
+        """State, mask and errors as for ConvS6."""
         check_sequence(self, x, self.in_proj.in_features)
         a, z = self.in_proj(x).chunk(2, dim=-1)                                # (b, l, d) each
-        out = self.path(a, state, mask, method=method, return_state=return_state)
-        y, state = out if return_state else (out, None)
-        y = self.out_proj(y * F.silu(z))                                       # (b, l, d_model)
-        return (y, state) if return_state else y
+        y, state = self.path(a, state, mask, method=method)
+        return self.out_proj(y * F.silu(z)), state                             # (b, l, d_model)
 
 
 class MambaBlock(nn.Module):
-    """x ↦ x + Mamba(norm(x)): pre-norm and residual. Padding comes out as it went in."""
+    """x -> x + Mamba(norm(x)): pre-norm and residual. Padding comes out as it went in."""
 
     def __init__(self, d_model, n=16, expand=2, dt_rank=None, d_conv=4):
         super().__init__()
         self.norm = RMSNorm(d_model)
         self.mixer = Mamba(d_model, n, expand, dt_rank, d_conv)
 
-    def forward(self, x, state=None, mask=None, *, method="auto", return_state=False):
-        """x (b, l, d_model) -> the same shape, and with return_state the State after x."""
+    def forward(self, x, state=None, mask=None, *, method="auto"):
+        """x (b, l, d_model) -> the same shape, and the State after x. Errors as for ConvS6."""
         check_sequence(self, x, len(self.norm.weight))
-        out = self.mixer(self.norm(x), state, mask, method=method, return_state=return_state)
-        return (x + out[0], out[1]) if return_state else x + out
+        y, state = self.mixer(self.norm(x), state, mask, method=method)
+        return x + y, state
 
 
 # --------------------------------------------------------------------------------------------------
-# The language model.
+# The language model, and the official weights.
 
 class MambaLM(nn.Module):
     """Tokens (b, l) of int64 -> logits (b, l, vocabulary) for the token that comes next.
@@ -174,19 +182,17 @@ class MambaLM(nn.Module):
         self.norm_f = RMSNorm(d_model)
         scale_residuals(self.layers)
 
-    def forward(self, tokens, states=None, mask=None, *, method="auto", return_state=False):
-        """tokens (b, l) -> logits (b, l, vocabulary), and with return_state a State per layer.
+    def forward(self, tokens, states=None, mask=None, *, method="auto"):
+        """tokens (b, l) -> logits (b, l, vocabulary), and a list of one State per layer.
 
         states   what an earlier call returned, to go on from; None at the beginning of a text
         mask     (b, l) or None: 0 for padding, where the logits mean nothing
         """
         x, new = self.embedding(tokens), []                                    # (b, l, d_model)
         for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
-            out = layer(x, state, mask, method=method, return_state=return_state)
-            x, state = out if return_state else (out, None)
+            x, state = layer(x, state, mask, method=method)
             new.append(state)
-        logits = F.linear(self.norm_f(x), self.embedding.weight)
-        return (logits, new) if return_state else logits
+        return F.linear(self.norm_f(x), self.embedding.weight), new
 
 
 def load_official(state_dict):
@@ -223,135 +229,147 @@ def load_official(state_dict):
     return model
 
 
+def official_state_dict(model, style="transformers"):
+    """The way back: the weights of a MambaLM by their official names, the head as a copy of its own.
+
+    style    "transformers": for MambaForCausalLM; "mamba_ssm": for state-spaces/mamba (1.x)
+    Raises ValueError for another style.
+    """
+    if style not in ("transformers", "mamba_ssm"):
+        raise ValueError(f"style must be \"transformers\" or \"mamba_ssm\", got {style!r}")
+    embedding = "embeddings" if style == "transformers" else "embedding"
+    weights = {"lm_head.weight": model.embedding.weight.detach().clone()}
+    for name, weight in model.state_dict().items():
+        name = name.replace("embedding", embedding).replace("path.", "").replace("s6.", "")
+        weights["backbone." + name] = weight
+    return weights
+
+
 # --------------------------------------------------------------------------------------------------
-# Generation: the same equations for one token of one text, in the fewest calls.
-#
-# `MambaLM.forward` takes one token as it takes a batch of long texts, and most of its time goes
-# into calls that have next to nothing to compute. So the step is written out once more: a hundred
-# calls in one script, which makes 16 tokens before it returns to Python, on weights laid out
-# beforehand as the products read them. For half a million parameters that is ten times as fast.
+# Generation: one token at a time, from the states.
 
-CHUNK = 16           # tokens that one call makes: few enough to seem to appear one by one
+@script
+def draw(logits: Tensor, noise: Tensor, top_k: int) -> Tensor:
+    """A token, (1,), from logits (1, vocabulary): the largest of logits + noise, of the top k.
+
+    With noise from `gumbel` that is a draw from softmax(logits / temperature).
+    """
+    if top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, -1:], float("-inf"))
+    return (logits + noise).argmax(1)
+
+
+def gumbel(count, logits, temperature, generator):
+    """temperature · Gumbel noise for so many draws, (count, 1, vocabulary): -log of exponentials."""
+    noise = torch.empty(count, *logits.shape).exponential_(generator=generator)
+    return (-temperature * noise.log()).to(logits)
+
+
+@torch.inference_mode()
+def generate_plainly(model, prompt, count, *, temperature=1.0, top_k=None, seed=0):
+    """As `generate`, by `MambaLM.forward` alone: the same text but for rounding, not as fast."""
+    generator, tokens, states = torch.Generator().manual_seed(seed), prompt.unsqueeze(0), None
+    for _ in range(count):
+        logits, states = model(tokens, states)                                 # (1, l, vocabulary)
+        logits = logits[:, -1]
+        tokens = draw(logits, gumbel(1, logits, temperature, generator)[0],
+                      top_k or logits.shape[1]).unsqueeze(0)       # (1, 1): one by one from now on
+        yield tokens.item()
+
+
+# The fast way: skip this on a first reading. For a model this small `MambaLM.forward` spends most
+# of a token's time on calls that have next to nothing to compute. So the equations are written out
+# once more, for one token of one text, in a script that writes CHUNK tokens a call.
+
+CHUNK = 16           # few enough to seem to appear one by one
 
 
 @script
-def _project(x: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
-    """A norm and the projection that follows it: x (1, d_model) -> (1, columns of weight).
-
-    RMSNorm is x / √(mean(x²) + eps) = √d_model x / √(‖x‖² + d_model eps), times its own weight. The
-    last and √d_model are in `weight` already, and floor is √(d_model eps).
-    """
-    return torch.mm(x, weight).div_(torch.hypot(torch.linalg.vector_norm(x), floor))
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm, and the linear map behind it, whose weight has the norm's in it: x (1, d_model)."""
+    return torch.mm(x, weight).mul_(x.square().mean().add_(eps).rsqrt_())
 
 
 @script
-def _step(token: int, place: int, embedding: Tensor, first: Tensor, head: Tensor, floor: Tensor,
-          layers: List[List[Tensor]], states: List[List[Tensor]]) -> Tensor:
-    """Token number `place` since `_lay_out` -> logits (1, vocabulary). Updates states in place.
-
-    The other arguments are what `_lay_out` makes.
-    """
+def _step(token: int, embedding: Tensor, head: Tensor, layers: List[List[Tensor]],
+          states: List[List[Tensor]], eps: float) -> Tensor:
+    """One token -> logits (1, vocabulary). Updates windows and h of the states in place."""
     x = embedding[token:token + 1]                                             # (1, d_model)
-    for i, (weights, state) in enumerate(zip(layers, states)):
-        w_in, kernels, x_proj, dt_proj, dt_bias, A, D, w_out = weights
-        ring, h = state                                                        # (w+1, d), (n, d)
-        if i == 0 and first.shape[0] > 0:
-            wide = first[token:token + 1]
-        else:
-            wide = _project(x, w_in, floor)
-        a, z = wide.chunk(2, 1)                                                # (1, d) each
-        # The newest input takes the place of the oldest; the kernel is rolled to match.
-        at = (place + kernels.shape[0] - 1) % kernels.shape[0]
-        ring[at] = a[0]
-        u = F.silu((ring * kernels[at]).sum(0, keepdim=True), inplace=True)    # (1, d)
+    for weights, state in zip(layers, states):
+        in_proj, kernel, bias, x_proj, dt_proj, dt_bias, A, D, out_proj = weights
+        window, h = state                                                      # (w, d), (n, d)
+        a, z = _normed(x, in_proj, eps).chunk(2, 1)                            # (1, d) each
+        window.copy_(torch.cat([window[1:], a]))
+        u = F.silu((window * kernel).sum(0, keepdim=True).add_(bias))          # (1, d)
         dt, B, C = torch.mm(u, x_proj).split([dt_proj.shape[0], h.shape[0], h.shape[0]], 1)
         delta = F.softplus(torch.addmm(dt_bias, dt, dt_proj))                  # (1, d)
         # h_t = exp(Δ_t A) h_{t-1} + B_t (Δ_t x_t),  y_t = C_t h_t + D x_t
-        h.mul_((A * delta).exp_()).addcmul_(B.t(), delta * u)
-        y = torch.mm(C, h).addcmul_(u, D).mul_(F.silu(z))                      # (1, d)
-        x = torch.addmm(x, y, w_out)                                           # (1, d_model)
-    return _project(x, head, floor)
+        h.mul_((delta * A).exp2_()).addcmul_(B.t(), delta * u)
+        y = torch.mm(C, h).addcmul_(D, u).mul_(F.silu(z))                      # (1, d)
+        x = torch.addmm(x, y, out_proj)                                        # (1, d_model)
+    return _normed(x, head, eps)
 
 
 @script
-def _write(logits: Tensor, noise: Tensor, temperature: float, top_k: int, place: int,
-           embedding: Tensor, first: Tensor, head: Tensor, floor: Tensor,
-           layers: List[List[Tensor]], states: List[List[Tensor]]) -> Tuple[List[int], Tensor]:
-    """Draw a token for each row of noise, (count, 1, vocabulary): -> tokens, the next logits."""
+def _write(logits: Tensor, noise: Tensor, top_k: int, embedding: Tensor, head: Tensor,
+           layers: List[List[Tensor]], states: List[List[Tensor]], eps: float
+           ) -> Tuple[List[int], Tensor]:
+    """A token for each row of noise, (count, 1, vocabulary): -> tokens, and the next logits."""
     tokens: List[int] = []
     for row in noise.unbind(0):
-        if top_k < logits.shape[1]:
-            least = logits.topk(top_k)[0][:, -1:]
-            logits = logits.masked_fill(logits < least, float("-inf"))
-        # The largest of logit / temperature + Gumbel noise is a draw from their softmax.
-        token = int(torch.add(logits, row, alpha=temperature).argmax())
-        logits = _step(token, place + len(tokens), embedding, first, head, floor, layers, states)
+        token = int(draw(logits, row, top_k))
+        logits = _step(token, embedding, head, layers, states, eps)
         tokens.append(token)
     return tokens, logits
 
 
 def _lay_out(model, states):
-    """A MambaLM and the states of one text -> what `_step` takes after token and place.
-
-    Of a state, the window becomes a ring of w inputs, with a row of ones below for the bias. What
-    the first layer projects depends on the token alone: for a small vocabulary, it is a table.
-    """
-    dtype = torch.promote_types(model.embedding.weight.dtype, torch.float32)
-    root = model.embedding.embedding_dim ** 0.5
-
+    """Weights and states of one text as `_step` takes them: transposed, in float32 at least."""
     def cast(tensor):
-        return tensor.to(dtype)
+        return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
-    def columns(weight, norm=None):
-        scaled = cast(weight) if norm is None else root * cast(norm.weight) * cast(weight)
-        return scaled.t().contiguous()
+    def columns(tensor):
+        return cast(tensor).t().contiguous()
 
     layers = []
     for layer in model.layers:
         mixer, conv1d, s6 = layer.mixer, layer.mixer.path.conv1d, layer.mixer.path.s6
-        taps, bias = columns(conv1d.weight[:, 0]), cast(conv1d.bias).unsqueeze(0)      # (w, d)
-        kernels = [torch.cat([taps.roll(at + 1, 0), bias]) for at in range(len(taps))]
-        layers.append([columns(mixer.in_proj.weight, layer.norm), torch.stack(kernels),
-                       columns(s6.x_proj.weight), columns(s6.dt_proj.weight),
-                       cast(s6.dt_proj.bias), columns(-torch.exp(cast(s6.A_log))), cast(s6.D),
+        A = -torch.exp(cast(s6.A_log)) / math.log(2)               # exp(A) is exp2 of this, faster
+        layers.append([columns(mixer.in_proj.weight * layer.norm.weight),
+                       columns(conv1d.weight[:, 0]), cast(conv1d.bias), columns(s6.x_proj.weight),
+                       columns(s6.dt_proj.weight), cast(s6.dt_proj.bias), columns(A), cast(s6.D),
                        columns(mixer.out_proj.weight)])
+    # A window of w tokens: the oldest is pushed out as a new one comes in.
+    states = [[F.pad(cast(state.window[0]), (0, 0, 1, 0)), columns(state.h[0]).clone()]
+              for state in states]
     embedding = cast(model.embedding.weight)
-    floor = embedding.new_tensor(root * model.norm_f.eps ** 0.5)
-    first = embedding[:0]
-    if layers and len(embedding) <= 1024:
-        first = torch.cat([_project(x, layers[0][0], floor) for x in embedding.split(1)])
-    copies = [[F.pad(F.pad(cast(state.window[0]), (0, 0, 0, 1)), (0, 0, 0, 1), value=1.0),
-               columns(state.h[0]).clone()] for state in states]
-    return embedding, first, columns(embedding, model.norm_f), floor, layers, copies
+    return embedding, columns(embedding * model.norm_f.weight), layers, states, model.norm_f.eps
 
 
 @torch.inference_mode()
 def generate(model, prompt, count, *, temperature=1.0, top_k=None, seed=0):
-    """Continue a text: yields count tokens, as lists of at most CHUNK ints.
+    """Continue a text: yields count tokens, one int after the other.
 
     model          a MambaLM
     prompt         (l,) int64, l ≥ 1
     temperature    ≥ 0: logits are divided by it; 0 always takes the most likely token
     top_k          draw among so many of the most likely tokens only, ≥ 1; None: among all
     seed           the same seed writes the same text
-    Raises ValueError for a value outside these ranges, when the first tokens are asked for.
+    Raises ValueError for a value outside these ranges, when the first token is asked for.
     """
     if prompt.ndim != 1 or len(prompt) == 0:
         raise ValueError(f"generate: prompt must have shape (l,), l ≥ 1, got {tuple(prompt.shape)}")
     if temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(f"generate: temperature must be ≥ 0 and top_k ≥ 1, got {temperature} and "
                          f"{top_k}")
-    logits, states = model(prompt.unsqueeze(0), return_state=True)
+    generator = torch.Generator().manual_seed(seed)
+    logits, states = model(prompt.unsqueeze(0))
     laid_out = _lay_out(model, states)
     logits = logits[:, -1].to(laid_out[0].dtype)
-    generator = torch.Generator().manual_seed(seed)
-    top_k = min(top_k or logits.shape[1], logits.shape[1])
     for start in range(0, count, CHUNK):
-        # Gumbel noise: minus the logarithm of an exponential variable
-        noise = -torch.empty(CHUNK, *logits.shape).exponential_(generator=generator).log()
-        noise = noise[:count - start].to(logits)
-        tokens, logits = _write(logits, noise, float(temperature), top_k, start, *laid_out)
-        yield tokens
+        noise = gumbel(min(CHUNK, count - start), logits, temperature, generator)
+        tokens, logits = _write(logits, noise, top_k or logits.shape[1], *laid_out)
+        yield from tokens
 
 
 # --------------------------------------------------------------------------------------------------

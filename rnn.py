@@ -5,26 +5,31 @@
 
 Take tanh away from the first, and what is left can be unrolled: y_t = D x_t + Σ_k K_k x_{t-k}, with
 K_k = 2 Re(C Ā^k B̄). The recurrence is a convolution with a kernel K as long as the sequence, and
-one FFT computes it at all tokens at once. That is S4: trained as a convolution, and run as a
+the FFT computes it at all tokens at once. That is S4: trained as a convolution, and run as a
 recurrence. What makes its memory long is A: HiPPO gives the one that keeps the past of a signal as
-Legendre coefficients.
+Legendre coefficients. (What "S4" means in these files is its diagonal form with zero-order hold,
+S4D-LegS: complex numbers in place of S4's full matrix.)
 
 S6 is the same recurrence again, with Δ, B and C made from x. So it can choose what to remember, and
 is a convolution no longer: that is why s6.py needs a scan.
 
 `python rnn.py` draws what HiPPO remembers (figures/hippo.png), and times the convolution beside the
-recurrence, in half a minute.
+recurrence (results/s4_modes.csv), in half a minute.
 
 Left out: gates (LSTM, GRU), and the low-rank part of HiPPO's matrix (see `diagonal_hippo`). The
-RNN's loop is PyTorch's own: test_scan.py holds it to the equation above.
+RNN's loop is PyTorch's own: test_scan.py compares it with the equation above.
 Symbols: the glossary of s6.py. Read before: vision.py, whose ImageClassifier gives these bodies the
 same stem, pooling and head. Read next: train_mnist.py.
 Sources: Gu et al. 2020, "HiPPO"; Gu, Goel & Ré 2022, "Efficiently Modeling Long Sequences with
-Structured State Spaces" (S4); Gu et al. 2022, "On the Parameterization and Initialization of
+Structured State Spaces" (S4); Gupta et al. 2022, "Diagonal State Spaces are as Effective as
+Structured State Spaces" (DSS); Gu et al. 2022, "On the Parameterization and Initialization of
 Diagonal State Space Models" (S4D), sections 3 and 4.
 """
+import csv
 import math
+import os
 import platform
+import sys
 import time
 
 import numpy as np
@@ -32,7 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from s6 import check_sequence, prepare, publish, write_rows
+from s6 import check_sequence
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,8 +70,9 @@ def hippo(n):
     """HiPPO-LegS: -> A (n, n), B (n,), float64. Raises ValueError for n < 1.
 
     While x is read, h' = (A h + B x) / t keeps in h the coefficients of all of x so far in Legendre
-    polynomials, stretched over [0, t]: the best memory of n numbers, if all of the past counts the
-    same (HiPPO, theorem 2; the sign is that of S4). From n = 3:
+    polynomials, stretched over [0, t]. Of all polynomials of degree < n that is the one closest to
+    x in the mean square, if all of the past counts the same (HiPPO, theorem 2; the sign is that of
+    S4). For n = 3:
 
         A = -[[1, 0, 0], [√3, 2, 0], [√5, √15, 3]],  B = [1, √3, √5]
     """
@@ -96,16 +102,21 @@ def recall(h, points):
 def diagonal_hippo(n):
     """The normal part of HiPPO's matrix, in its eigenbasis: -> Λ, B, complex (n/2,), n even.
 
-    With P_k = √(k + 1/2), A + P Pᵀ = -1/2 + S, and S is skew-symmetric: its eigenvectors V are
-    orthogonal and its eigenvalues ± iω. So h' = A h + B x, without P Pᵀ and seen in that basis, is
-    n oscillators that fade alike, in pairs that mirror each other; one of each pair is enough.
+    Why a diagonal: n coupled equations become n separate ones, and the powers Ā^k that the kernel
+    needs become powers of single numbers. HiPPO's A has no usable eigenbasis (its eigenvectors grow
+    exponentially with n). But with P_k = √(k + 1/2), the matrix A + P Pᵀ is -1/2 times the identity
+    plus S, and S is skew-symmetric (Sᵀ = -S), so it has orthonormal eigenvectors V and eigenvalues
+    ± iω. In that basis h' = (A + P Pᵀ) h + B x is n oscillators that fade alike: Λ = -1/2 ± iω. They
+    come in pairs that are complex conjugates of each other, so one of each pair is enough.
 
-    S4 keeps P Pᵀ, at the price of a Cauchy kernel and the Woodbury identity. S4D found that without
-    it, and with B/2, the kernels are the same in the limit of large n. At n = 64 they are not close
-    to it yet: what speaks for it there is that the results are as good.
+    That leaves P Pᵀ out. S4 keeps it, at the price of a Cauchy kernel and the Woodbury identity. DSS
+    found that models without it are as good; S4D gave the reason: with B/2, the response to a given
+    input tends to that of HiPPO as n grows. (The kernels themselves do not: Yu et al. 2023, arXiv
+    2310.01698.)
 
-    S4 also drops the 1/t: its clock does not stretch, and the past fades, the recent one fine and
-    the distant one coarse, instead of counting all the same.
+    S4 also drops the 1/t, so its clock does not stretch: the past fades instead of counting all the
+    same. Note that at n = 64 the fastest ω is about 1,300: with Δ = 0.1 that is 130 rad a token, far
+    more than the π that samples can resolve. Such modes do not act as oscillators.
     Raises ValueError for an odd n.
     """
     if n % 2:
@@ -113,7 +124,7 @@ def diagonal_hippo(n):
     A, B = hippo(n)
     P = np.sqrt(np.arange(n) + 0.5)
     S = A + np.outer(P, P) + 0.5 * np.eye(n)
-    omega, V = np.linalg.eigh(-1j * S)
+    omega, V = np.linalg.eigh(-1j * S)   # -iS is Hermitian: real eigenvalues, orthonormal V
     pairs = omega > 0
     return -0.5 + 1j * omega[pairs], (V.conj().T @ B / 2)[pairs]
 
@@ -125,19 +136,21 @@ MODES = ("convolution", "recurrence")
 
 
 def _powers(step, l):
-    """exp(step k) for k = 0 … l-1: step (d, n/2) complex -> (d, n/2, l).
+    """exp(step k), the powers of exp(step), for k = 0 … l-1: step (d, n/2) complex -> (d, n/2, l).
 
-    k = a w + b, w ≈ √l: the product of a few powers of exp(step w) and a few of exp(step) takes
-    fewer exponentials. The angles grow to thousands of turns, so they are multiplied out in double
-    precision, and only what is left of them after whole turns goes on in that of step.
+    An exponential for each k would be most of the work of a layer. So k is written as a w + b with
+    w ≈ √l, like a number with two digits: exp(step k) = exp(step w a) · exp(step b) takes 2√l
+    exponentials and one product for each k. The angle ω Δ k can be thousands of turns, and float32
+    would round it too coarsely: it is computed in double precision, and what is left after whole
+    turns goes on in step's own.
     """
-    def few(count, stride):
+    def few(count, stride):              # exp(step · stride · k), k = 0 … count-1
         k = stride * torch.arange(count, device=step.device)
         angle = (step.imag.double().unsqueeze(-1) * k).remainder(2 * math.pi)
         return torch.polar((step.real.unsqueeze(-1) * k).exp(), angle.to(step.real.dtype))
 
     width = max(1, math.isqrt(l))
-    coarse, fine = few(-(-l // width), width), few(width, 1)
+    coarse, fine = few(-(-l // width), width), few(width, 1)       # (d, n/2, √l) each
     return (coarse.unsqueeze(-1) * fine.unsqueeze(-2)).flatten(-2)[..., :l]
 
 
@@ -167,12 +180,14 @@ class S4(nn.Module):
         step = self.log_dt.exp().unsqueeze(1) * A
         return step, torch.expm1(step) / A * torch.view_as_complex(self.B)
 
-    def forward(self, x, h=None, *, mode="auto", return_state=False):
-        """x (b, l, d) -> y (b, l, d), and with return_state h after x, (b, d, n/2) complex.
+    def forward(self, x, h=None, *, mode="auto", return_state=True):
+        """x (b, l, d) -> y (b, l, d), and the state after x, (b, d, n/2) complex.
 
         h      the state to go on from, None for zero
         mode   "convolution": all tokens at once, by FFT. "recurrence": one after the other. They
                agree up to rounding. "auto": a single token by the second, more by the first
+        return_state   False: None in place of the state, which a convolution has to compute apart
+               (a fifth of a training step)
         Raises ValueError for another mode, or shape of x.
         """
         if mode not in (*MODES, "auto"):
@@ -180,9 +195,8 @@ class S4(nn.Module):
         check_sequence(self, x, len(self.D))
         if mode == "auto":
             mode = "recurrence" if x.shape[1] == 1 else "convolution"
-        y, h = self._convolve(x, h, return_state) if mode == "convolution" else self._recur(x, h)
-        y = y + self.D * x
-        return (y, h) if return_state else y
+        y, h = self._recur(x, h) if mode == "recurrence" else self._convolve(x, h, return_state)
+        return y + self.D * x, h
 
     def _recur(self, x, h):
         step, B_bar = self.discretize()
@@ -193,59 +207,53 @@ class S4(nn.Module):
             ys.append(2 * (C * h).sum(-1).real)                                # (b, d)
         return torch.stack(ys, 1), h
 
-    def _convolve(self, x, h, return_state):
-        """y = K * x with K_k = 2 Re(C Ā^k B̄), by FFT: l log l instead of l²."""
+    def _convolve(self, x, h0, return_state):
+        """y = K * x with K_k = 2 Re(C Ā^k B̄): K costs d·n·l, and the FFT l log l instead of l²."""
         l, x = x.shape[1], x.transpose(1, 2).contiguous()                      # (b, d, l)
         step, B_bar = self.discretize()
         C, powers = torch.view_as_complex(self.C), _powers(step, l)            # Ā^k, (d, n/2, l)
         K = 2 * torch.matmul((C * B_bar).unsqueeze(1), powers).squeeze(1).real         # (d, l)
         # As long again in zeros, or the end of the sequence would wrap around to its beginning.
         y = torch.fft.irfft(torch.fft.rfft(x, 2 * l) * torch.fft.rfft(K, 2 * l), 2 * l)[..., :l]
-        if h is not None:                # y_t also hears the first state, as C Ā^{t+1} h
-            y = y + 2 * torch.einsum("bdn,dnl->bdl", C * step.exp() * h, powers).real
+        if h0 is not None:               # y_t also hears the first state, as C Ā^{t+1} h_0
+            y = y + 2 * torch.einsum("bdn,dnl->bdl", C * step.exp() * h0, powers).real
+        h = None
         if return_state:                 # h_l = Ā^l h_0 + Σ_k Ā^{l-1-k} B̄ x_k
-            past = 0 if h is None else (step * l).exp() * h
-            h = past + B_bar * torch.einsum("bdl,dnl->bdn", x.to(powers.dtype), powers.flip(-1))
+            h = B_bar * torch.einsum("bdl,dnl->bdn", x.to(powers.dtype), powers.flip(-1))
+            h = h if h0 is None else h + (step * l).exp() * h0
         return y.transpose(1, 2), h
 
 
 class S4Block(nn.Module):
-    """x ↦ x + GLU(W GELU(S4(norm(x)))), (b, l, d_model) both: S4 mixes in time, W the channels."""
+    """x -> x + GLU(W GELU(S4(norm(x)))), (b, l, d_model): S4 mixes in time, W the channels."""
 
-    def __init__(self, d_model, n=64, dropout=0.0):
+    def __init__(self, d_model, n=64):
         super().__init__()
         self.norm = nn.RMSNorm(d_model, eps=1e-5)
         self.s4 = S4(d_model, n)
-        self.dropout = nn.Dropout(dropout)
         self.out_proj = nn.Linear(d_model, 2 * d_model)
 
-    def forward(self, x, h=None, *, mode="auto", return_state=False):
-        """As S4's forward."""
+    def forward(self, x, h=None, *, mode="auto", return_state=True):
+        """State, mode, return_state and errors as for S4."""
         check_sequence(self, x, len(self.norm.weight))
-        out = self.s4(self.norm(x), h, mode=mode, return_state=return_state)
-        y, h = out if return_state else (out, None)
-        y = self.dropout(F.glu(self.out_proj(self.dropout(F.gelu(y)))))
-        return (x + y, h) if return_state else x + y
+        y, h = self.s4(self.norm(x), h, mode=mode, return_state=return_state)
+        return x + F.glu(self.out_proj(F.gelu(y))), h
 
 
 class S4Stack(nn.Module):
-    """x (b, l, d_model) -> (b, l, d_model): blocks, one after the other, each as it was drawn.
+    """x (b, l, d_model) -> (b, l, d_model): S4Blocks, one after the other.
 
-    (`scale_residuals` is Mamba's: the S4 of the README's tables was trained without it.)
+    Without the residual scaling that Mamba uses (`scale_residuals`).
     """
 
-    def __init__(self, d_model, layers=4, n=64, dropout=0.0):
+    def __init__(self, d_model, layers=4, n=64):
         super().__init__()
-        self.layers = nn.ModuleList(S4Block(d_model, n, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(S4Block(d_model, n) for _ in range(layers))
 
-    def forward(self, x, states=None, *, mode="auto", return_state=False):
-        """As S4's forward, with a list of one state per block."""
-        new = []
-        for layer, h in zip(self.layers, states or [None] * len(self.layers), strict=True):
-            out = layer(x, h, mode=mode, return_state=return_state)
-            x, h = out if return_state else (out, None)
-            new.append(h)
-        return (x, new) if return_state else x
+    def forward(self, x):
+        for layer in self.layers:
+            x, _ = layer(x, return_state=False)
+        return x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,7 +264,7 @@ def _measure(layer, x, mode):
     begin, times = time.perf_counter(), []
     while len(times) < 3 or time.perf_counter() - begin < 2:
         start = time.perf_counter()
-        layer(x, mode=mode).square().mean().backward()
+        layer(x, mode=mode, return_state=False)[0].square().mean().backward()
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -310,10 +318,19 @@ def draw_hippo(path, l=1000):
 
 
 def main():
-    """The table of both modes, results/s4_modes.csv, and figures/hippo.png."""
-    prepare()
-    publish("figures/hippo.png", draw_hippo)
-    publish("results/s4_modes.csv", write_rows, compare_modes())
+    """figures/hippo.png, and the table of both modes in results/s4_modes.csv."""
+    try:
+        for folder in ("results", "figures"):
+            os.makedirs(folder, exist_ok=True)
+        draw_hippo("figures/hippo.png")
+        rows = compare_modes()
+        with open("results/s4_modes.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        sys.exit(f"rnn.py: cannot write results/ and figures/ here: {error}")
+    print("wrote figures/hippo.png, results/s4_modes.csv")
 
 
 if __name__ == "__main__":

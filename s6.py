@@ -7,13 +7,18 @@ This is the selective scan (S6) of Mamba. Δ, B and C are computed from x itself
 decides how much of the past to keep (Δ → 0 keeps everything, Δ → ∞ keeps nothing), where to write
 (B) and what to read (C).
 
-    definition()                          the equation, word for word: what all else is held to
+    definition()                          the equation, word for word: the reference for the others
+    class S6                              Algorithm 2 of the paper: makes Δ, B, C from x, and scans
     selective_scan(method="sequential")   a compiled loop over time, its gradient derived by hand
     selective_scan(method="parallel")     pieces of the sequence side by side, and a prefix scan
-    class S6                              Algorithm 1 of the paper: makes Δ, B, C from x, and scans
 
-Left out: the CUDA kernel. What it computes is here. `python s6.py` shows how time and memory grow
-with length: half a minute on two cores, a table, and figures/scan_scaling.png.
+At the sizes of all trainings here a CPU takes the sequential scan; the parallel one runs on a GPU,
+and on a CPU where few channels meet a long sequence. It stands last: a first reading may skip it.
+
+Left out: the CUDA kernel. It computes the same in one launch: it discretizes and scans in the GPU's
+fast on-chip memory, never writes a tensor of shape (b, l, d, n), and in the backward pass computes
+the states again instead of storing them. `python s6.py` shows how time and memory grow with length:
+half a minute on two cores, a table, results/scan_scaling.csv and figures/scan_scaling.png.
 
 Read next: test_scan.py, why you may believe this file; then block.py, what Mamba wraps around it.
 Source: Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
@@ -35,6 +40,7 @@ The glossary. The other files use the same names; the examples are those of trai
     h         (b, d, n)   state; h0 before the first token
     y         (b, l, d)   output
     A_bar Ā   (b, d, n)   exp(Δ_t A), in (0, 1]: the part of a state that stays   exp(-0.01) = 0.99
+    B_bar B̄   (b, d, n)   how much of x_t is written to each number of the state  0.01 B
     u         (b, l, d)   what B_t spreads over the state: Δ_t x_t (zoh: x_t)
     g         (b, d, n)   gradient of the loss with respect to h_t
 """
@@ -44,7 +50,6 @@ import math
 import os
 import platform
 import sys
-import tempfile
 import time
 import warnings
 from typing import Optional, Tuple
@@ -62,9 +67,11 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
     """The equation, word for word, one token after the other: -> y (b, l, d), last state (b, d, n).
 
     Shapes and ranges as in the glossary. Nothing here is clever: one can believe it by reading it.
-    "zoh" holds x constant during a step and solves h' = A h + B x exactly (equation 4 of the
-    paper): B̄ = ((exp(ΔA) - 1)/A) B. "euler" puts ΔB in its place, as Mamba does in training. That
-    is too large by about |ΔA|/2 while |ΔA| is small, and by a factor of 2 at A = -16, Δ = 0.1.
+    "zoh" (zero-order hold) takes x as constant during a step and solves h' = A h + B x exactly
+    (equation 4 of the paper): Ā = exp(ΔA), B̄ = ((exp(ΔA) - 1)/A) B. "euler" is what Mamba computes,
+    in training and in use: the same Ā, but B̄ = ΔB, the first term of that. The paper states ZOH
+    alone. The relative error of this B̄ is about |ΔA|/2 while |ΔA| is small; at A = -16, Δ = 0.1
+    it is too large by a factor of 2.
     """
     h = x.new_zeros(x.shape[0], *A.shape) if h0 is None else h0                # (b, d, n)
     ys = []
@@ -80,12 +87,134 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
 
 
 # --------------------------------------------------------------------------------------------------
+# S6, the layer: Algorithm 2 of the paper. Selection is no more than this: B and C are linear in x,
+# and Δ is the softplus of a linear map.
+#
+# Why it is a scan and no convolution. Unrolled, the recurrence reads
+#     y_t = Σ_{s ≤ t} C_t (Π_{r = s+1 … t} Ā_r) B̄_s x_s
+# With Δ, B, C the same at every token, the factor before x_s is C Ā^(t-s) B̄. It depends on t - s
+# alone, so y is a convolution: that is S4 (rnn.py). With selection it depends on t and on s.
+#
+# Why Δ is called a gate (theorem 1). Let n = 1, A = -1, B = 1, Δ = softplus(z) = ln(1 + exp(z)).
+# Under zero-order hold Ā = exp(-Δ) = 1 - σ(z) and B̄ = 1 - Ā = σ(z), where σ is the sigmoid:
+#     h_t = (1 - g_t) h_{t-1} + g_t x_t,   g_t = σ(z_t)
+# a gated RNN, a relative of GRU and LSTM. Under Euler x_t has the weight softplus(z) instead, which
+# grows without bound. A itself is not made from x: Δ multiplies it, and so Ā is selective already.
+
+class S6(nn.Module):
+    """x (b, l, d) -> y (b, l, d): Δ, B, C from x, and the scan. Parameters have the official names.
+
+    d         channels
+    n         states per channel
+    dt_rank   Δ is made through a bottleneck this narrow, since a full matrix would cost d²
+              parameters; default ⌈d/32⌉, the authors' ⌈d_model/16⌉ for a block twice as wide inside
+    """
+
+    def __init__(self, d, n=16, dt_rank=None):
+        super().__init__()
+        self.n, self.dt_rank = n, dt_rank or math.ceil(d / 32)
+        self.x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, d)
+        # For x = 0, Δ = softplus(bias): at first between 0.001 and 0.1, log-uniform over the
+        # channels, as in the authors' code. State number i, with A = -i, then remembers for about
+        # 1/(iΔ) tokens: some look far back, some at what is near.
+        nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
+        dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))         # softplus(bias) = dt
+        # A = -exp(A_log) stays negative whatever the optimizer does. It starts at -1, -2, … -n, the
+        # diagonal of S4's HiPPO matrix ("S4D-Real", section 3.6). It is real here, complex in S4.
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))      # (d, n)
+        self.D = nn.Parameter(torch.ones(d))
+
+    def forward(self, x, h0=None, mask=None, *, method="auto"):
+        """x (b, l, d), h0 (b, d, n) or None -> y (b, l, d) and the last state (b, d, n).
+
+        mask (b, l) or None: where it is 0 the token is padding, and leaves the state as it was.
+        Raises ValueError as `selective_scan` does.
+        """
+        check_sequence(self, x, len(self.D))
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)    # B, C: (b, l, n)
+        # Under autocast the maps give bfloat16. Δ is made in float32 from there on: the decays
+        # exp(ΔA) of many tokens multiply up, and so would their rounding.
+        dt = self.dt_proj(dt)
+        delta = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))        # (b, l, d)
+        if mask is not None:
+            padding = (mask == 0).unsqueeze(-1)
+            x, delta = x.masked_fill(padding, 0), delta.masked_fill(padding, 0)
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        return selective_scan(x, delta, A, B, C, self.D, h0, method=method, return_state=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# The public function: checks, dtypes, and the choice of a method.
+
+METHODS, DISCRETIZATIONS = ("auto", "sequential", "parallel"), ("euler", "zoh")
+
+
+def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discretization="euler",
+                   return_state=False):
+    """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t,  y_t = C_t h_t + D x_t  (paper, sections 2 and 3.3).
+
+    x, delta         (b, l, d)   input; step size > 0. Δ_t = 0 leaves the state exactly as it was,
+                                 which is how padding is masked
+    A                (d, n)      < 0
+    B, C             (b, l, n)
+    D                (d,)        optional: 0
+    h0               (b, d, n)   optional: state before the first token, zero
+    method           "sequential": one loop over l. "parallel": pieces side by side and a prefix
+                     scan. "auto": parallel on an accelerator, and on a CPU if a time step is narrow
+                     (b·d·n < 2^14) and the sequence has 64 tokens or more
+    discretization   "euler": B̄ = ΔB, what Mamba computes. "zoh": B̄ = ((exp(ΔA) - 1)/A) B, exact if
+                     x is constant during a step
+    return_state     also return the state after the last token, (b, d, n): as h0 it goes on
+
+    -> y (b, l, d) in x's dtype. The state is accumulated and returned in float32, or in float64 if
+    any argument is. A scan of length 1 is the recurrent step. Differentiable once, in every tensor
+    argument and through the state, by reverse mode: a second time raises a RuntimeError, and so do
+    the transforms of torch.func.
+    Raises ValueError for a wrong shape, dtype, device or name: what was expected and what came.
+    """
+    _check(x, delta, A, B, C, D, h0, method, discretization)
+    b, _, d = x.shape
+    n, zoh = A.shape[1], discretization == "zoh"
+    tensors = [t for t in (x, delta, A, B, C, D, h0) if t is not None]
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    h = x.new_zeros(b, n, d, dtype=dtype) if h0 is None else h0.to(dtype).transpose(1, 2)
+    y, h = _Scan.apply(*(t.to(dtype) for t in (x, delta, A.t().contiguous(), B, C)), h,
+                       _pieces(x, n, method), zoh)
+    if D is not None:
+        y = y + D * x
+    y = y.to(x.dtype)
+    return (y, h.transpose(1, 2)) if return_state else y
+
+
+NARROW = 2 ** 14     # numbers in all states under which a CPU mostly waits for calls to return
+
+
+def _pieces(x, n, method):
+    """How many pieces to cut the sequence into; 1 is the sequential scan."""
+    b, l, d = x.shape
+    width = max(1, b * d * n)            # numbers that one time step touches
+    on_cpu = x.device.type == "cpu"
+    if method == "auto":
+        method = "sequential" if on_cpu and (width >= NARROW or l < 64) else "parallel"
+    if method == "sequential":
+        return 1
+    # On a CPU: enough pieces that arithmetic outweighs the cost of calls, and few enough that
+    # their states still fit the L2 cache. On a GPU a step costs its launches, however wide it is:
+    # √l pieces. But 16 tokens in each, or there is more joining than scanning; and two at least.
+    pieces = 8 * NARROW // width if on_cpu else math.isqrt(l)
+    return max(min(2, l), min(pieces, l // 16))
+
+
+# --------------------------------------------------------------------------------------------------
 # The sequential scan: a loop forward, a loop back. The gradient of a recurrence is a recurrence.
 #
-# Autograd could differentiate `definition`, but it would keep half a dozen tensors of the state's
-# size for every token, and the gradient of each `delta[:, t]` would be a tensor of zeros as long as
-# the sequence: O(l²) work. So both loops are written out. A time step is a handful of passes over
-# the state, and these are what make the passes few and fast:
+# Autograd could differentiate `definition`, but it would keep three tensors of the state's size for
+# every token (Ā, B̄ and h), and the gradient of each `delta[:, t]` would be a tensor of zeros as
+# long as the sequence: O(l²) work. So both loops are written out. A time step is a handful of
+# passes over the state, and these are what make the passes few and fast:
 #   - inside the loops a state is (b, n, d): with the channels innermost every pass runs along
 #     memory, and the sums over n (for y) and over d (for ∂B and ∂C) are products of a row and a
 #     matrix, which read the state once and write next to nothing;
@@ -188,6 +317,7 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
     A_bars = torch.empty([keep, b, n, d], dtype=g.dtype, device=g.device).unbind(0)
     states = torch.empty([keep + 1, b, n, d], dtype=g.dtype, device=g.device)
     h = states.unbind(0)                                                       # (b, n, d)
+    # Transposed views of the same memory: they show whatever the loops write to the states and to g.
     h_rows, g_rows = states.transpose(2, 3).unbind(0), g.transpose(1, 2)       # (b, d, n)
     kept_t = kept.unbind(0)
     for chunk in range(len(kept_t) - 1, -1, -1):
@@ -220,8 +350,53 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
             grad_A.sum(0), grad_B.squeeze(2).transpose(0, 1), grad_C.squeeze(2).transpose(0, 1), g)
 
 
+class _Scan(torch.autograd.Function):
+    """The scan in k pieces, with its gradient; k = 1 is the sequential scan, without any of `k > 1`.
+
+    It keeps its inputs, and every `keep`-th state. Inside, A is (n, d) and states are (b, n, d).
+    """
+
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, h0, k, zoh):
+        ctx.k, ctx.zoh, inputs = k, zoh, (x, delta, A, B, C)
+        u = x if zoh else delta * x
+        with torch.autocast(x.device.type, enabled=False):   # the state stays in float32
+            if k > 1:
+                u, delta, B, C = (_fold(t, k) for t in (u, delta, B, C))
+                h0 = _start_states(u, delta, A, B, h0, k, zoh)
+            ctx.keep = max(1, round(math.sqrt(u.shape[1])))
+            y, kept, h = _forward(u, delta, A, B, C, h0, ctx.keep, zoh)
+            if k > 1:                    # the last state is that of the last piece
+                y, h = _unfold(y, k, x.shape[1]), h[k - 1::k].contiguous()
+        ctx.save_for_backward(*inputs, kept)
+        return y, h
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_h):
+        if torch.is_grad_enabled():      # the loops below would be taken for constants
+            raise RuntimeError("selective_scan has a first derivative only: create_graph=True "
+                               "cannot differentiate its gradient")
+        x, delta, A, B, C, kept = ctx.saved_tensors
+        l, k, zoh = x.shape[1], ctx.k, ctx.zoh
+        u, step, g = x if zoh else delta * x, delta, grad_h
+        with torch.autocast(x.device.type, enabled=False):
+            if k > 1:
+                u, step, B, C, grad_y = (_fold(t, k) for t in (u, delta, B, C, grad_y))
+                g = _end_gradients(grad_y, step, A, C, grad_h, k)
+            *grads, g = _backward(grad_y, g, u, step, A, B, C, kept, ctx.keep, zoh)
+        grad_u, grad_delta, grad_A, grad_B, grad_C = grads
+        if k > 1:                        # h0 is the start of the first piece
+            grad_u, grad_delta, grad_B, grad_C = (
+                _unfold(t, k, l) for t in (grad_u, grad_delta, grad_B, grad_C))
+            g = g[::k]
+        if not zoh:                      # u = Δ x: Δ has a second way in
+            grad_u, grad_delta = grad_u * delta, torch.addcmul(grad_delta, grad_u, x)
+        return grad_u, grad_delta, grad_A, grad_B, grad_C, g, None, None
+
+
 # --------------------------------------------------------------------------------------------------
-# The parallel scan: the same loops, over all pieces of the sequence at once.
+# The parallel scan: the same loops, over all pieces of the sequence at once. Skip this on a first
+# reading: it gives the same numbers, on a GPU in far fewer steps.
 #
 # l tokens are cut into k pieces of T = l/k, which stand side by side in the batch: T steps instead
 # of l, each k times as wide. Only the state at which a piece starts is missing. A piece maps it to
@@ -233,28 +408,6 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
 # so a prefix scan over the k pairs finds all the starts in log₂ k steps. Then the pieces are
 # scanned again, from there. That is twice the work in far fewer steps, and √(k l) states to keep
 # instead of √l. Nothing is ever divided by a decay, so nothing overflows.
-
-def _start_states(u, delta, A, B, h0, pieces, zoh):
-    """The state before each piece, (b·k, n, d).
-
-    u, delta (b·k, T, d), A (n, d), B (b·k, T, n); h0 (b, n, d) is the state before the first.
-    """
-    zero = u.new_zeros(u.shape[0], *A.shape)
-    _, _, s = _forward(u, delta, A, B, None, zero, u.shape[1], zoh)
-    s = s.unflatten(0, (-1, pieces))                                           # (b, k, n, d)
-    a = torch.exp(delta.sum(1, keepdim=True) * A).unflatten(0, (-1, pieces))   # (b, k, n, d)
-    # Put h0 in front, as a piece that only sets the state; drop the last, which is nobody's start.
-    s = torch.cat([h0[:, None], s[:, :-1]], 1)
-    a = torch.cat([torch.ones_like(a[:, :1]), a[:, :-1]], 1)
-    hop = 1
-    while hop < pieces:
-        # Number j spans the last `hop` pieces up to j, and then twice as many: with four pieces,
-        # j - 1 and j after the first round, all four after the second (Hillis & Steele 1986).
-        s = torch.cat([s[:, :hop], torch.addcmul(s[:, hop:], a[:, hop:], s[:, :-hop])], 1)
-        a = torch.cat([a[:, :hop], a[:, hop:] * a[:, :-hop]], 1)
-        hop *= 2
-    return s.flatten(0, 1)
-
 
 def _fold(tensor, pieces):
     """(b, l, …) -> (b·k, T, …), T = ⌈l/k⌉, zeros at the end: Δ = 0 leaves a state alone."""
@@ -269,144 +422,75 @@ def _unfold(tensor, pieces, l):
     return tensor.unflatten(0, (-1, pieces)).flatten(1, 2)[:, :l]
 
 
-def _scan(x, delta, A, B, C, h0, pieces, zoh, keep_states):
-    """Scan in k pieces; A (n, d), h0 (b, n, d): -> y, last state, kept states, their interval."""
-    l = x.shape[1]
-    u = x if zoh else delta * x
-    if pieces > 1:
-        u, delta, B, C = (_fold(t, pieces) for t in (u, delta, B, C))
-        h0 = _start_states(u, delta, A, B, h0, pieces, zoh)
-    keep = max(1, round(math.sqrt(u.shape[1])) if keep_states else u.shape[1])
-    y, kept, h = _forward(u, delta, A, B, C, h0, keep, zoh)
-    if pieces > 1:
-        y, h = _unfold(y, pieces, l), h[pieces - 1::pieces].contiguous()
-    return y, h, kept, keep
+def _chain(a, s, first):
+    """What each of k pieces starts from, (b, k, n, d), if the first one starts from `first`.
 
-
-def _end_gradients(grad_y, delta, A, C, grad_h, pieces):
-    """The gradient of the state after each piece, (b·k, n, d), from that of the last, (b, n, d).
-
-    g_t = Ā_{t+1} g_{t+1} + C_t ȳ_t is the forward recurrence on the reversed sequence: ȳ in u's
-    place, C in B's, and for Δ that of the next token (0 at the end: grad_h enters undamped). So
-    `_start_states` finds the g of the token that comes after each piece. With l = 4 and k = 2, the
-    reversed pieces are [4 3] and [2 1]: it gives grad_h to the first and g_3 to the second, and
-    Ā_3 g_3 is what enters [1 2] from its end.
+    Piece j maps what it starts from, h, to a[:, j] h + s[:, j], where the next one starts; a and s
+    are (b, k, n, d), first (b, n, d). The last piece has no successor, so its pair is not needed.
     """
-    def flip(t):
-        return _fold(_unfold(t, pieces, pieces * t.shape[1]).flip(1), pieces)
+    # In front stands the map h ↦ 0 h + first. Now the start of piece j is what the first j + 1 maps
+    # make of anything, say of zero: the s of their composition.
+    s = torch.cat([first[:, None], s[:, :-1]], 1)
+    a = torch.cat([torch.zeros_like(a[:, :1]), a[:, :-1]], 1)
+    hop = 1
+    while hop < s.shape[1]:
+        # Number j spans the last `hop` maps up to j, and then twice as many: with four pieces,
+        # j - 1 and j after the first round, all four after the second. (Hillis & Steele 1986; it
+        # does more work than Blelloch's scan, in fewer steps.)
+        s = torch.cat([s[:, :hop], torch.addcmul(s[:, hop:], a[:, hop:], s[:, :-hop])], 1)
+        a = torch.cat([a[:, :hop], a[:, hop:] * a[:, :-hop]], 1)
+        hop *= 2
+    return s
 
-    whole = _unfold(delta, pieces, pieces * delta.shape[1])                    # (b, k·T, d)
-    next_delta = _fold(F.pad(whole[:, 1:], (0, 0, 0, 1)), pieces)              # (b·k, T, d)
-    g = _start_states(flip(grad_y), flip(next_delta), A, flip(C), grad_h, pieces, False)
-    g = g.unflatten(0, (-1, pieces)).flip(1).flatten(0, 1)
-    return torch.exp(next_delta[:, -1:] * A) * g
+
+def _decays(delta, A, k):
+    """a = exp(A ΣΔ) of each piece: delta (b·k, T, d) -> (b, k, n, d)."""
+    return torch.exp(delta.sum(1, keepdim=True) * A).unflatten(0, (-1, k))
 
 
-class _Scan(torch.autograd.Function):
-    """`_scan` with its hand-derived gradient: it keeps its inputs, and every `keep`-th state."""
+def _start_states(u, delta, A, B, h0, k, zoh):
+    """The state before each piece, (b·k, n, d); h0 (b, n, d) is that before the first.
 
-    @staticmethod
-    def forward(ctx, x, delta, A, B, C, h0, pieces, zoh):
-        with torch.autocast(x.device.type, enabled=False):   # the state stays in float32
-            y, h, kept, ctx.keep = _scan(x, delta, A, B, C, h0, pieces, zoh, True)
-        ctx.save_for_backward(x, delta, A, B, C, kept)
-        ctx.pieces, ctx.zoh = pieces, zoh
-        return y, h
+    u, delta (b·k, T, d), A (n, d), B (b·k, T, n)
+    """
+    zero = u.new_zeros(u.shape[0], *A.shape)
+    _, _, s = _forward(u, delta, A, B, None, zero, u.shape[1], zoh)
+    return _chain(_decays(delta, A, k), s.unflatten(0, (-1, k)), h0).flatten(0, 1)
 
-    @staticmethod
-    def backward(ctx, grad_y, grad_h):
-        if torch.is_grad_enabled():      # the loops below would be taken for constants
-            raise RuntimeError("selective_scan has a first derivative only: create_graph=True "
-                               "cannot differentiate its gradient")
-        x, delta, A, B, C, kept = ctx.saved_tensors
-        l, k, zoh = x.shape[1], ctx.pieces, ctx.zoh
-        u, step, g = x if zoh else delta * x, delta, grad_h
-        with torch.autocast(x.device.type, enabled=False):
-            if k > 1:
-                u, step, B, C, grad_y = (_fold(t, k) for t in (u, delta, B, C, grad_y))
-                g = _end_gradients(grad_y, step, A, C, grad_h, k)
-            *grads, g = _backward(grad_y, g, u, step, A, B, C, kept, ctx.keep, zoh)
-        grad_u, grad_delta, grad_A, grad_B, grad_C = grads
-        if k > 1:
-            grad_u, grad_delta, grad_B, grad_C = (
-                _unfold(t, k, l) for t in (grad_u, grad_delta, grad_B, grad_C))
-            g = g[::k]
-        if not zoh:                      # u = Δ x: Δ has a second way in
-            grad_u, grad_delta = grad_u * delta, torch.addcmul(grad_delta, grad_u, x)
-        return grad_u, grad_delta, grad_A, grad_B, grad_C, g, None, None
+
+@script
+def _send_back(grad_y: Tensor, delta: Tensor, A: Tensor, C: Tensor) -> Tensor:
+    """The gradient of the state before a piece, from this piece's outputs alone: (b·k, n, d)."""
+    b, l, d = grad_y.shape
+    g = torch.zeros([b, A.shape[0], d], dtype=A.dtype, device=A.device)
+    C_t, grad_y_t, delta_t = C.unsqueeze(3).unbind(1), grad_y.split(1, 1), delta.split(1, 1)
+    for t in range(l - 1, -1, -1):       # ∂h_{t-1} = Ā_t (∂h_t + C_t ȳ_t)
+        g.addcmul_(C_t[t], grad_y_t[t]).mul_((delta_t[t] * A).exp_())
+    return g
+
+
+def _end_gradients(grad_y, delta, A, C, grad_h, k):
+    """The gradient of the state after each piece, (b·k, n, d); grad_h (b, n, d): after the last.
+
+    Backwards, a piece maps the gradient of the state after it, g, to that of the state before it,
+    a g + s, with the same a as forwards. So the pieces are chained the same way, from the last one.
+    """
+    s = _send_back(grad_y, delta, A, C).unflatten(0, (-1, k))
+    return _chain(_decays(delta, A, k).flip(1), s.flip(1), grad_h).flip(1).flatten(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------
-# The public function.
+# Checks: a wrong shape must not broadcast, and train.
 
-METHODS, DISCRETIZATIONS = ("auto", "sequential", "parallel"), ("euler", "zoh")
-NARROW = 2 ** 14     # state values per time step under which a CPU mostly waits for calls to return
-
-
-def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discretization="euler",
-                   return_state=False):
-    """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t,  y_t = C_t h_t + D x_t  (paper, sections 2 and 3.3).
-
-    x, delta         (b, l, d)   input; step size > 0. Δ_t = 0 leaves the state exactly as it was,
-                                 which is how padding is masked
-    A                (d, n)      < 0
-    B, C             (b, l, n)
-    D                (d,)        optional: 0
-    h0               (b, d, n)   optional: state before the first token, zero
-    method           "sequential": one loop over l. "parallel": pieces side by side and a prefix
-                     scan. "auto": parallel on an accelerator, and on a CPU if a time step is narrow
-                     (b·d·n small) and the sequence is long
-    discretization   "euler": B̄ = ΔB, what Mamba trains with. "zoh": B̄ = ((exp(ΔA) - 1)/A) B,
-                     exact if x is held constant during a step
-    return_state     also return the state after the last token, (b, d, n): as h0 it goes on
-
-    -> y (b, l, d) in x's dtype. The state is accumulated and returned in float32, or in float64 if
-    any argument is. A scan of length 1 is the recurrent step. Differentiable once, in every tensor
-    argument and through the state, by reverse mode: a second time raises a RuntimeError, and so do
-    the transforms of torch.func.
-    Raises ValueError for a wrong shape, dtype, device or name: what was expected and what came.
-    """
-    _check(x, delta, A, B, C, D, h0, method, discretization)
-    b, _, d = x.shape
-    n, zoh = A.shape[1], discretization == "zoh"
-    tensors = [t for t in (x, delta, A, B, C, D, h0) if t is not None]
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    h = x.new_zeros(b, n, d, dtype=dtype) if h0 is None else h0.to(dtype).transpose(1, 2)
-    arguments = [t.to(dtype) for t in (x, delta, A.t().contiguous(), B, C)]
-    arguments += [h, _pieces(x, n, method), zoh]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        y, h = _Scan.apply(*arguments)
-    else:
-        with torch.autocast(x.device.type, enabled=False):
-            y, h, _, _ = _scan(*arguments, False)
-    if D is not None:
-        y = y + D * x
-    y = y.to(x.dtype)
-    return (y, h.transpose(1, 2)) if return_state else y
-
-
-def _pieces(x, n, method):
-    """How many pieces to cut the sequence into; 1 is the sequential scan."""
-    b, l, d = x.shape
-    width = max(1, b * d * n)            # state values that one time step touches
-    on_cpu = x.device.type == "cpu"
-    if method == "auto":
-        method = "sequential" if on_cpu and (width >= NARROW or l < 64) else "parallel"
-    if method == "sequential":
-        return 1
-    # On a CPU: so many that a pass over them outweighs the call, and that their states still fit
-    # the L2 cache. On a GPU a step costs its launches, however wide: √l pieces. But 16 tokens in
-    # each, or there is more joining than scanning; and two pieces at least.
-    pieces = 8 * NARROW // width if on_cpu else math.isqrt(l)
-    return max(min(2, l), min(pieces, l // 16))
+def check_sequence(layer, x, d):
+    """Raise a ValueError unless x is (b, l, d)."""
+    if x.ndim != 3 or x.shape[2] != d:
+        raise ValueError(f"{type(layer).__name__}: x must have shape (b, l, {d}), "
+                         f"got {tuple(x.shape)}")
 
 
 def _check(x, delta, A, B, C, D, h0, method, discretization):
     """Raise a ValueError that names the argument, what was expected and what came."""
-    if getattr(torch._C, "_are_functorch_transforms_active", bool)():
-        raise RuntimeError("selective_scan does not work under torch.func (vmap, grad, jvp): put "
-                           "the examples into one batch, and use torch.autograd.grad")
-
     def expect(name, expected, got):
         raise ValueError(f"selective_scan: {name} must {expected}, got {got}")
 
@@ -432,61 +516,6 @@ def _check(x, delta, A, B, C, D, h0, method, discretization):
         shape = tuple(size[letter] for letter in letters)
         if name in named and named[name].shape != shape:
             expect(name, f"have shape ({', '.join(letters)}) = {shape}", tuple(named[name].shape))
-
-
-# --------------------------------------------------------------------------------------------------
-# S6, the layer: Algorithm 1 of the paper. Selection is no more than this: Δ, B, C are linear in x.
-
-def check_sequence(layer, x, d):
-    """Raise a ValueError unless x is (b, l, d)."""
-    if x.ndim != 3 or x.shape[2] != d:
-        raise ValueError(f"{type(layer).__name__}: x must have shape (b, l, {d}), "
-                         f"got {tuple(x.shape)}")
-
-
-class S6(nn.Module):
-    """x (b, l, d) -> y (b, l, d): Δ, B, C from x, and the scan. Parameters have the official names.
-
-    d         channels
-    n         states per channel
-    dt_rank   Δ is made through a bottleneck this narrow, since a full matrix would cost d²
-              parameters; default ⌈d/32⌉, the paper's ⌈d_model/16⌉ for a block twice as wide inside
-    """
-
-    def __init__(self, d, n=16, dt_rank=None):
-        super().__init__()
-        self.n, self.dt_rank = n, dt_rank or math.ceil(d / 32)
-        self.x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, d)
-        # For x = 0, Δ = softplus(bias): at first between 0.001 and 0.1, log-uniform over the
-        # channels, as in the authors' code. State number i, with A = -i, then remembers for about
-        # 1/(iΔ) tokens: some look far back, some at what is near.
-        nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
-        dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))         # softplus(bias) = dt
-        # A = -exp(A_log) stays negative whatever the optimizer does. It starts at -1, -2, … -n, the
-        # diagonal of S4's HiPPO matrix ("S4D-Real", section 3.6).
-        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))      # (d, n)
-        self.D = nn.Parameter(torch.ones(d))
-
-    def forward(self, x, h0=None, mask=None, *, method="auto", return_state=False):
-        """x (b, l, d), h0 (b, d, n) or None -> y (b, l, d), with return_state also the last state.
-
-        mask (b, l) or None: where it is 0 the token is padding, and leaves the state as it was.
-        Raises ValueError as `selective_scan` does.
-        """
-        check_sequence(self, x, len(self.D))
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)    # B, C: (b, l, n)
-        dt = self.dt_proj(dt)                    # Δ never in half precision: exp(ΔA) adds up
-        delta = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))        # (b, l, d)
-        if mask is not None:
-            padding = (mask == 0).unsqueeze(-1)
-            x, delta = x.masked_fill(padding, 0), delta.masked_fill(padding, 0)
-        A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))
-        A = -torch.exp(A_log)
-        return selective_scan(x, delta, A, B, C, self.D, h0, method=method,
-                              return_state=return_state)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -539,7 +568,6 @@ def _measure(way, inputs):
 
 def main():
     """Time, memory and error over length: a table, results/scan_scaling.csv, and the figure."""
-    prepare()
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {platform.machine()}, {threads} threads; "
           f"b = 1, d = 128, n = 16; forward and backward\n")
@@ -562,45 +590,17 @@ def main():
                          "error": error, "threads": threads, "device": f"cpu {platform.machine()}",
                          "torch": torch.__version__, "command": "python s6.py"})
     print("\nerror: of y, largest over largest value, against the definition in float64")
-    publish("results/scan_scaling.csv", write_rows, rows)
-    publish("figures/scan_scaling.png", _draw, rows)
-
-
-def prepare():
-    """Make the folders for results, or end with one line that says why that cannot be."""
     try:
         for folder in ("results", "figures"):
             os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+        with open("results/scan_scaling.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        _draw("figures/scan_scaling.png", rows)
     except OSError as error:
-        _stop(f"cannot write here ({error}): run this in a folder of your own")
-
-
-def publish(path, write, *arguments):
-    """Call write(a temporary path, *arguments); then path appears, whole or not at all."""
-    try:
-        write(path + ".part", *arguments)
-        os.replace(path + ".part", path)
-    except OSError as error:
-        _stop(f"cannot write {path} ({error}): is the disk full?")
-    finally:
-        if os.path.exists(path + ".part"):
-            os.remove(path + ".part")
-    print(f"wrote {path}")
-
-
-def _stop(message):
-    """End with one line on stderr and the exit code for what the user can mend."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
-
-
-def write_rows(path, rows):
-    """A CSV file of dictionaries that have the same keys."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        sys.exit(f"s6.py: cannot write results/ and figures/ here: {error}")
+    print("wrote results/scan_scaling.csv, figures/scan_scaling.png")
 
 
 def _draw(path, rows):

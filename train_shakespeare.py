@@ -1,10 +1,10 @@
 """train_shakespeare.py: the same block writes text, from a state of constant size.
 
-    python train_shakespeare.py                        train, 10 epochs
+    python train_shakespeare.py                        train, 10 epochs: 23 minutes on one core
     python train_shakespeare.py --quick                a first look in under a minute
     python train_shakespeare.py --generate "ROMEO:"    write from the checkpoint
     python train_shakespeare.py --text FILE            any UTF-8 text in place of Shakespeare
-    python train_shakespeare.py --seeds 0 1 2          the README's table and figure
+    python train_shakespeare.py --seeds 0 1 2          one model per seed: table and figure
     python train_shakespeare.py --resume               go on after Ctrl-C, to the same weights
     torchrun --nproc_per_node=2 train_shakespeare.py   each of two processes takes half the batch
 
@@ -12,40 +12,57 @@ A token is a character, and the loss that of guessing the next one: -ln p in nat
 bits. The first 90 % of the text are trained on, and the loss is measured on the whole last 10 %,
 in two ways. In blocks, the model forgets everything after 128 characters; streaming, it reads from
 one end to the other and carries its state, which costs no more: that is what a recurrence is for.
+Expect 1.42 nats streaming.
 
 It is trained as it is used. The rows of a batch are 32 places in the text, and the next batch goes
-on where this one stopped, from the states that it left behind (the gradient stops there: truncated
-backpropagation through time). An epoch reads the text once, and each epoch from other places.
-Now and then a row forgets (`--forget`), so that the model also learns to begin. Steps are large and
-weight decay is strong: with half a million parameters and ten readings of one million characters,
-learning by heart is the danger. Expect 1.42 nats streaming, after 23 minutes on one core.
+on where this one stopped, from the states that it left behind; the gradient stops there (truncated
+backpropagation through time). An epoch reads the text once, and each epoch from other places. Now
+and then a row forgets its state, so that the model also learns to begin. All of that is in `train`.
 
-`Trainer` and what is around it come from train_mnist.py: also the average of the weights, which is
-what is measured and what writes. No network and no file: the help texts of Python itself stand in
-for Shakespeare, and are announced and labelled so.
+Without a network and without a file, the help texts of Python itself stand in for Shakespeare; that
+is announced, and all results carry their name.
 Read before: block.py, train_mnist.py. Read next: visualize_delta.py.
 """
 import argparse
+import copy
+import csv
 import hashlib
+import itertools
 import math
 import os
+import platform
 import shlex
+import signal
+import socket
 import sys
 import time
+import zipfile
 from typing import NamedTuple
 
+import matplotlib
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from torch.nn.parallel import DistributedDataParallel
 
-from block import MambaLM, State, generate
-from s6 import write_rows
-from train_mnist import (RANK, Trainer, UserError, add_places, begun, check_writable,
-                         choose_device, describe, first_line, flags, gather, guard, join, leave,
-                         mean_sd, number, read_checkpoint, results_name, run, share, try_each,
-                         write_atomically)
+from block import MambaLM, State, generate, generate_plainly, parameter_groups
 
-SETTINGS = ("seed", "epochs", "batch", "block", "lr", "weight_decay", "average", "forget",
-            "d_model", "layers")
+matplotlib.use("Agg")            # figures are files: no window is opened
+
+# Each value is also a flag: a value added here is a flag, and is in every checkpoint.
+RECIPE = dict(
+    seed=0,                      # of weights, places in the text, and what is forgotten
+    epochs=10,                   # after that the validation loss turns up
+    batch=32,                    # rows: places in the text that are read side by side
+    block=128,                   # characters of each row per step; the gradient reaches back so far
+    lr=1.5e-2,                   # its peak. Large steps and strong decay: half a million parameters
+    weight_decay=0.3,            # that read a million characters ten times learn them by heart
+    average=0.998,               # decay of the averaged weights, which evaluate and write
+    forget=0.05,                 # chance that a row forgets its state before a step
+    d_model=128,
+    layers=4,
+)
 
 URLS = ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt"]
@@ -53,427 +70,571 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 # --------------------------------------------------------------------------------------------------
+# Training: the loop, and what it needs.
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun
+STOP = []            # what Ctrl-C or SIGTERM leaves here is looked for between two steps
+
+
+def ask_to_stop(number, _):
+    if STOP:
+        raise KeyboardInterrupt          # asked twice: at once
+    STOP.append(number)
+
+
+def seed_for(seed, what, number=0):
+    """A seed for one purpose. Hashed, since PyTorch's CPU generator reads 32 bits of a seed."""
+    text = f"{seed} {what} {number}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def learning_rate(step, steps, peak):
+    """A line from 0 to peak over the first tenth of the steps, then a cosine to 0."""
+    progress = (step + 1) / steps
+    fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.1) / 0.9)))
+    return peak * min(progress / 0.1, fall)
+
+
+def batch(recipe, text, step):
+    """Characters (b, block) of a step, and those that come next: a function of (seed, step).
+
+    Row r of an epoch reads on from start + r · length, round and round, where length · b is about
+    that of the text. So the rows of this step begin where those of the last one ended.
+    """
+    b, block, n = recipe["batch"], recipe["block"], len(text.train)
+    steps_per_epoch = (n - 1) // (b * block)
+    epoch, i = divmod(step, steps_per_epoch)
+    generator = torch.Generator().manual_seed(seed_for(recipe["seed"], "start", epoch))
+    start, length = torch.randint(n, (1,), generator=generator), steps_per_epoch * block
+    rows = start + length * torch.arange(b).unsqueeze(1)                       # (b, 1)
+    index = (rows + i * block + torch.arange(block + 1)) % n                   # (b, block+1)
+    characters = text.train[index.to(text.train.device)]
+    return characters[:, :-1], characters[:, 1:]
+
+
+def train(recipe, text, device, path, resume):
+    """Train one model, saving to path: -> averaged weights, log, scores, number of parameters.
+
+    Every random draw is a function of (seed, step). So step and states are all that a checkpoint
+    must say, and a run that was stopped goes on to the weights that it would have had.
+    """
+    b, block = recipe["batch"], recipe["block"]
+    steps_per_epoch = (len(text.train) - 1) // (b * block)
+    steps = recipe["epochs"] * steps_per_epoch
+    torch.manual_seed(seed_for(recipe["seed"], "weights"))
+    model = MambaLM(len(text.vocabulary), recipe["d_model"], recipe["layers"]).to(device)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe["weight_decay"]),
+                                  lr=recipe["lr"], betas=(0.9, 0.95))
+    modules = {"model": model, "average": average, "optimizer": optimizer}
+    # Of each step: (loss, fraction right, seconds of training so far). Of each epoch: the
+    # validation losses, (streaming, in blocks).
+    step, states, log, scores = 0, None, [], []
+    if resume:
+        step, states, log, scores = load(path, recipe, text, modules, device)
+    save(path, recipe, text, modules, step, states, log, scores)       # a folder that cannot be
+    net = DistributedDataParallel(model) if PROCESSES > 1 else model   # written: now, not later
+    parameters, size = sum(p.numel() for p in model.parameters()), len(text.vocabulary)
+    print(f"{summary(text)}\nparameters {parameters}  seed {recipe['seed']}  device "
+          f"{describe(device)}  torch {torch.__version__}\nloss of a blind guess ln {size} = "
+          f"{math.log(size):.4f}\ncheckpoint {path}, step {step} of {steps}", flush=True)
+
+    for epoch in range(len(scores), recipe["epochs"]):
+        while step < (epoch + 1) * steps_per_epoch:
+            start = time.perf_counter()
+
+            # This step's learning rate, and its seed: whatever is drawn from here on in this step
+            # (what is forgotten; a dropout, if you add one) is a function of (seed, step).
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, recipe["lr"])
+            torch.manual_seed(seed_for(recipe["seed"], "forget", step))
+
+            # Which rows forget: a few, by chance; and all of them where an epoch begins, since it
+            # begins at other places in the text.
+            forget = (torch.rand(b, 1, 1) < recipe["forget"]) | (step % steps_per_epoch == 0)
+
+            # The next characters of each row; under torchrun each process takes its share of rows.
+            inputs, targets, forget = (t.chunk(PROCESSES)[RANK].to(device)
+                                       for t in (*batch(recipe, text, step), forget))
+
+            # Forward: from the states that the last step left, except where a row forgets.
+            if states is not None:
+                states = [State(*(t.masked_fill(forget, 0) for t in state)) for state in states]
+            logits, states = net(inputs, states)
+            logits, targets = logits.flatten(0, 1), targets.flatten()
+            loss = F.cross_entropy(logits, targets)
+
+            # Backward: through these characters only. The states go on to the next step as numbers,
+            # cut from the graph, or the gradient would reach back to the beginning of the epoch.
+            # Clipped, so that one bad batch cannot throw the weights far.
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            states = [State(*(t.detach() for t in state)) for state in states]
+
+            # What to log, and whether to stop: a mean over processes, so that all of them agree.
+            hits = (logits.detach().argmax(1) == targets).float().mean()
+            seen = torch.stack([loss.detach(), hits, torch.full_like(hits, len(STOP))])
+            if PROCESSES > 1:
+                dist.all_reduce(seen.div_(PROCESSES))
+            loss, hits, stopping = seen.tolist()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                sys.exit(f"train_shakespeare.py: loss {loss:.3g}, gradient {norm:.3g} at step "
+                         f"{step + 1}: not finite. Start again with a smaller --lr")
+
+            # The update; then the average of the weights: over the last ninth of the steps so far,
+            # but never much further back than 1 / (1 - decay) steps.
+            optimizer.step()
+            decay = min(recipe["average"], (1 + step) / (10 + step))
+            with torch.no_grad():
+                for mean, weight in zip(average.parameters(), model.parameters()):
+                    mean.lerp_(weight, 1 - decay)
+
+            # Log, show, and stop if asked to. Several processes have the states of their own rows
+            # only, so they save where an epoch ends, and there alone.
+            before = log[-1][2] if log else 0.0
+            log.append((loss, hits, before + time.perf_counter() - start))
+            step += 1
+            if step % 20 == 0 and sys.stdout.isatty():     # log files stay short
+                print("\r" + progress(recipe, log, steps_per_epoch, 100), end="  ", flush=True)
+            if stopping and PROCESSES == 1:
+                save(path, recipe, text, modules, step, states, log, scores)
+            if stopping:
+                raise KeyboardInterrupt
+
+        # The end of an epoch: save, evaluate the averaged weights, save, and let them write.
+        save(path, recipe, text, modules, step, states, log, scores)
+        scores.append((stream_loss(average, text), block_losses(average, text, block).mean().item()))
+        save(path, recipe, text, modules, step, states, log, scores)
+        stream, blocks = scores[-1]
+        begin = encode("\n" if "\n" in text.vocabulary else text.vocabulary[0], text.vocabulary)
+        sample = generate(average, begin.to(device), 200, temperature=0.8,
+                          seed=seed_for(recipe["seed"], "sample", len(scores)))
+        sample = "".join(text.vocabulary[token] for token in sample).strip()
+        print(("\r" if sys.stdout.isatty() else "")
+              + progress(recipe, log, steps_per_epoch, steps_per_epoch) + "\n    validation "
+              f"{stream:.4f} nats = {stream / math.log(2):.4f} bits streaming, {blocks:.4f} nats = "
+              f"{blocks / math.log(2):.4f} bits in blocks\n      | "
+              + sample.replace("\n", "\n      | "), flush=True)
+    return average, log, scores, parameters
+
+
+@torch.no_grad()
+def stream_loss(model, text, piece=4096):
+    """The whole validation text, read once, the state carried from piece to piece: -> nats."""
+    total, states, tokens = 0.0, None, text.valid
+    for x, y in zip(tokens[:-1].split(piece), tokens[1:].split(piece)):
+        if STOP and PROCESSES == 1:      # several processes stop together, at the next step
+            raise KeyboardInterrupt
+        logits, states = model(x.unsqueeze(0), states)
+        total += F.cross_entropy(logits[0], y, reduction="sum").item()
+    return total / (len(tokens) - 1)
+
+
+@torch.no_grad()
+def block_losses(model, text, block):
+    """The same in blocks that are read on their own: -> the loss of each character, (N - 1,)."""
+    x, y, losses = text.valid[:-1], text.valid[1:], []
+    even = len(x) // block * block
+    batches = list(zip(x[:even].view(-1, block).split(64), y[:even].view(-1, block).split(64)))
+    if even < len(x):                    # the rest of the text, shorter than a block
+        batches.append((x[None, even:], y[None, even:]))
+    for inputs, targets in batches:
+        if STOP and PROCESSES == 1:
+            raise KeyboardInterrupt
+        logits, _ = model(inputs)
+        losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none"))
+    return torch.cat(losses)
+
+
+def progress(recipe, log, steps_per_epoch, window):
+    """One line: how far the training is, and means over the last steps, a window of them."""
+    part, (epoch, i) = log[-window:], divmod(len(log) - 1, steps_per_epoch)
+    seconds = part[-1][2] - (log[-window - 1][2] if len(log) > window else 0.0)
+    loss, right = (sum(row[i] for row in part) / len(part) for i in (0, 1))
+    left = round(seconds / len(part) * (recipe["epochs"] * steps_per_epoch - len(log)))
+    speed = len(part) * recipe["batch"] * recipe["block"] / seconds
+    return (f"  epoch {epoch + 1}/{recipe['epochs']}  step {i + 1}/{steps_per_epoch}  loss "
+            f"{loss:.4f}  accuracy {100 * right:.2f}  {speed:.0f} characters/s  {log[-1][2]:.0f} s,"
+            f" {left // 60}:{left % 60:02d} left")
+
+
+def describe(device):
+    """What it runs on, in a few words."""
+    name = f"{device.type} {platform.machine()} {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    return name + (f", {PROCESSES} processes" if PROCESSES > 1 else "")
+
+
+# --------------------------------------------------------------------------------------------------
+# Files appear whole or not at all.
+
+def write(path, make):
+    """Call make(a temporary path), then move what it wrote to path."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        make(path + ".part")
+        os.replace(path + ".part", path)
+    except (OSError, RuntimeError) as error:       # torch.save calls a full disk a RuntimeError
+        sys.exit(f"train_shakespeare.py: cannot write {path} ({first_line(error)}): is the disk "
+                 f"full, or the folder read-only? What was there before is untouched")
+
+
+def write_rows(path, rows):
+    """A CSV file of dictionaries that have the same keys."""
+    def make(part):
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write(path, make)
+
+
+def save(path, recipe, text, modules, step, states, log, scores):
+    state = {"recipe": recipe, "text": summary(text), "vocabulary": text.vocabulary, "step": step,
+             "states": states and [list(state) for state in states], "log": log, "scores": scores,
+             **{name: module.state_dict() for name, module in modules.items()}}
+    if RANK == 0:
+        write(path, lambda part: torch.save(state, part))
+
+
+def read_checkpoint(path):
+    """What `save` wrote. Raises whatever zipfile and torch make of a missing or damaged file."""
+    with zipfile.ZipFile(path) as archive:         # torch.load does not look at the checksums
+        if archive.testzip():
+            raise ValueError("a checksum is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)         # runs no code
+
+
+def load(path, recipe, text, modules, device):
+    """Fill the modules from a checkpoint: -> step, states, log, scores, or one line and the end."""
+    try:
+        state = read_checkpoint(path)
+        # A setting that is newer than the checkpoint is not in it, and does not matter.
+        theirs, ours = {**state["recipe"], "text": state["text"]}, {**recipe, "text": summary(text)}
+        if other := [key for key in theirs if key in ours and theirs[key] != ours[key]]:
+            raise ValueError(f"made with {other[0]} {theirs[other[0]]}, not {ours[other[0]]}")
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+        states = state["states"] and [State(*(t.to(device) for t in s)) for s in state["states"]]
+        if PROCESSES > 1:                # saved where an epoch ends: the next one forgets them
+            states = None
+        return state["step"], states, state["log"], state["scores"]
+    except Exception as error:
+        sys.exit(f"train_shakespeare.py: cannot go on from {path} ({first_line(error)}): use the "
+                 f"settings that made it, or start without --resume")
+
+
+def load_model(path, device):
+    """The averaged MambaLM of a checkpoint, and its vocabulary, or one line and the end."""
+    try:
+        state = read_checkpoint(path)
+        model = MambaLM(len(state["vocabulary"]), state["recipe"]["d_model"],
+                        state["recipe"]["layers"])
+        model.load_state_dict(state["average"])
+        return model.to(device).eval(), state["vocabulary"]
+    except Exception as error:
+        sys.exit(f"train_shakespeare.py: cannot read a model from {path} ({first_line(error)}): "
+                 f"train one by python train_shakespeare.py, or name another with --checkpoint")
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --------------------------------------------------------------------------------------------------
 # The text: Shakespeare where it can be had, Python's help texts where not.
 
 class Text(NamedTuple):
-    """Characters as int64 (N,), by place in the vocabulary; the name that every result carries."""
-    name: str
-    vocabulary: str
-    train: torch.Tensor
+    name: str                    # what every result carries
+    vocabulary: str              # its characters; a token is a place in here
+    train: torch.Tensor          # (N,) int64
     valid: torch.Tensor
-    chosen_by: str           # the flags that choose this text
+
+
+def summary(text):
+    """Name, sizes, and a hash: a checkpoint goes on with the same text only."""
+    digest = hashlib.sha256(torch.cat([text.train, text.valid]).cpu().numpy().tobytes()).hexdigest()
+    return (f"{text.name}: {len(text.train):,} characters for training, {len(text.valid):,} for "
+            f"validation, vocabulary {len(text.vocabulary)}, sha256 {digest[:16]}")
 
 
 def encode(string, vocabulary):
-    """-> (l,) int64. Raises UserError for a character that is not in the vocabulary."""
-    place = {character: i for i, character in enumerate(vocabulary)}
-    try:
-        return torch.tensor([place[character] for character in string], dtype=torch.int64)
-    except KeyError as error:
-        raise UserError(f"the model was not trained on the character {error} and cannot read it; "
-                        f"it knows {vocabulary!r}") from None
+    """-> (l,) int64. Ends with one line for a character that is not in the vocabulary."""
+    unknown = set(string) - set(vocabulary)
+    if unknown or not string:
+        sys.exit(f"train_shakespeare.py: a prompt needs characters, and the model knows only "
+                 f"{vocabulary!r}, not {''.join(sorted(unknown))!r}")
+    return torch.tensor([vocabulary.index(character) for character in string])
 
 
-def split(name, string, chosen_by=""):
+def as_text(name, string):
     """The first 90 % for training and the last 10 % for validation: -> Text."""
-    codes = bytearray(string, "utf-32-le" if sys.byteorder == "little" else "utf-32-be")
-    known, tokens = torch.frombuffer(codes, dtype=torch.int32).unique(return_inverse=True)
-    vocabulary, cut = "".join(map(chr, known.tolist())), len(tokens) * 9 // 10
-    return Text(name, vocabulary, tokens[:cut], tokens[cut:], chosen_by)
+    codes = torch.tensor(list(string.encode("utf-32-le"))).view(-1, 4)         # 4 bytes each
+    codes, tokens = (codes @ 256 ** torch.arange(4)).unique(return_inverse=True)
+    cut = len(tokens) * 9 // 10
+    return Text(name, "".join(map(chr, codes.tolist())), tokens[:cut], tokens[cut:])
 
 
 def load_text(data_dir, source="auto", path=None):
     """The file at path, or else TinyShakespeare from data_dir, downloaded if need be: -> Text.
 
-    source: "auto" takes Python's help texts if it cannot be had, "real" and "synthetic" insist.
-    Raises UserError for a file that is missing, damaged or no UTF-8, and if "real" cannot be had.
+    source    "auto": Python's help texts if it cannot be had; "real" and "synthetic" insist
+    Ends with one line if a file is missing, damaged or no UTF-8, or if "real" cannot be had.
     """
-    if path is not None:
-        return split(name_of(path), read_text(path), f" --text {shlex.quote(path)}")
-    if source == "synthetic":
-        return synthetic_text()
-    path = os.path.join(data_dir, "tinyshakespeare.txt")
-    if not os.path.exists(path):
-        try:
-            download(path)
-        except Exception as error:       # no network, a broken download, an unwritable folder
-            problem = f"{path} is not there and cannot be downloaded ({first_line(error)})"
-            if source == "real":
-                raise UserError(f"{problem}: connect to the network, put the file there, or use "
-                                f"--data synthetic") from None
-            print(f"{'!' * 100}\n{problem}.\nTraining on SYNTHETIC data instead, the help texts of "
-                  f"Python: results say nothing about Shakespeare.\n{'!' * 100}", flush=True)
-            return synthetic_text()
-    string = read_text(path)
-    if hashlib.sha256(string.encode()).hexdigest() != SHA256:
-        raise UserError(f"{path} is truncated or damaged: delete it, and run again to download it")
-    return split("shakespeare", string)
-
-
-def download(path):
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    # It verifies the file before it moves it to its place.
-    try_each(URLS, lambda url: torch.hub.download_url_to_file(url, path, SHA256, progress=False))
-
-
-def name_of(path):
-    """What results of the user's own text are called: text-war for books/war.txt."""
-    return "text-" + os.path.splitext(os.path.basename(path))[0]
-
-
-def read_text(path):
+    if path is None and source == "synthetic":
+        return help_texts()
+    own, path = path is not None, path or os.path.join(data_dir, "tinyshakespeare.txt")
+    problem = "no such file"
+    if not own and not os.path.exists(path):
+        socket.setdefaulttimeout(10)     # a download that stalls is given up
+        for url in URLS:
+            try:                         # it verifies the file before it moves it to its place
+                os.makedirs(data_dir, exist_ok=True)
+                torch.hub.download_url_to_file(url, path, SHA256, progress=False)
+                break
+            except Exception as error:   # no network, a broken download, an unwritable folder
+                problem = f"not there, and no download ({first_line(error)})"
+        else:
+            if source == "auto":
+                print(f"{'!' * 100}\n{path}: {problem}.\nTraining on SYNTHETIC data instead, the "
+                      f"help texts of Python: results say nothing about Shakespeare.\n{'!' * 100}",
+                      flush=True)
+                return help_texts()
     try:
         with open(path, encoding="utf-8") as file:
             string = file.read()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text (byte {error.start}): convert it first") from None
-    if len(string) < 20:
-        raise UserError(f"{path} has {len(string)} characters: too few to learn from")
-    return string
+        if not own and hashlib.sha256(string.encode()).hexdigest() != SHA256:
+            raise ValueError("damaged: delete it")
+    except (OSError, ValueError) as error:         # UnicodeDecodeError is a ValueError
+        problem = first_line(error) if os.path.exists(path) else problem
+        sys.exit(f"train_shakespeare.py: cannot read {path}: {problem}. Give a UTF-8 text by "
+                 f"--text, connect to the network, or use --data synthetic")
+    name = f"text-{os.path.splitext(os.path.basename(path))[0]}" if own else "shakespeare"
+    return as_text(name, string)
 
 
-def synthetic_text():
+def help_texts():
     """What `help()` says about Python's syntax; it comes with every CPython."""
     from pydoc_data.topics import topics
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    return split("synthetic-pydoc", text, " --data synthetic")
+    return as_text("synthetic-pydoc", "\n\n".join(topics[name] for name in sorted(topics)))
 
 
 # --------------------------------------------------------------------------------------------------
-# Training with the state carried on, and the two ways to measure.
+# Results: a row per run, a table, a figure.
 
-def build(settings):
-    return MambaLM(settings["vocabulary"], settings["d_model"], settings["layers"])
-
-
-class TextTrainer(Trainer):
-    """A Trainer of the language model, on Text."""
-
-    unit, piece = "characters", 4096     # characters that `evaluate` reads at a time
-    LOG = (*Trainer.LOG, "states", "vocabulary")
-
-    def __init__(self, settings, text, device):
-        self.data, self.vocabulary, self.states = text, text.vocabulary, None
-        self.classes, self.per_step = len(text.vocabulary), settings["batch"] * settings["block"]
-        tokens = torch.cat([text.train, text.valid]).cpu().numpy().tobytes()
-        settings = dict(settings, vocabulary=self.classes, training=len(text.train),
-                        validation=len(text.valid), text=hashlib.sha256(tokens).hexdigest()[:16])
-        super().__init__(settings, build, (len(text.train) - 1) // self.per_step, device)
-
-    def batch(self):
-        """Characters (b, block) and those that come next, and which rows forget, (b, 1, 1)."""
-        b, block = self.settings["batch"], self.settings["block"]
-        epoch, i = divmod(self.step, self.per_epoch)
-        # Row r of an epoch reads `length` characters from start + r · length on, round and round.
-        n, length = len(self.data.train), self.per_epoch * block
-        start = torch.Generator().manual_seed(self.draw("start", epoch))
-        start = torch.randint(n, (1,), generator=start)
-        rows = start + length * torch.arange(b).unsqueeze(1)                   # (b, 1)
-        index = (rows + i * block + torch.arange(block + 1)) % n               # (b, block+1)
-        characters = self.data.train[index.to(self.device)]
-        chance = torch.Generator().manual_seed(self.draw("forget", self.step))
-        forget = torch.rand(b, 1, 1, generator=chance) < self.settings["forget"]
-        return characters[:, :-1], characters[:, 1:], forget.to(self.device) | (i == 0)
-
-    def loss(self):
-        inputs, targets, forget = map(share, self.batch())
-        states = self.states and [State(*(t.masked_fill(forget, 0) for t in state))
-                                  for state in self.states]
-        logits, states = self.net(inputs, states, return_state=True)
-        self.states = [State(*(t.detach() for t in s)) for s in states]
-        hits = (logits.detach().argmax(-1) == targets).float().mean()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), hits
-
-    @torch.no_grad()
-    def evaluate(self, stop=lambda: False):
-        """Losses of the average on the validation text: -> streaming, in blocks; None if stopped.
-
-        In nats per character, over the whole text but its first character.
-        """
-        text, total, states = self.data.valid, 0.0, None
-        for x, y in zip(text[:-1].split(self.piece), text[1:].split(self.piece)):
-            if stop():
-                return None
-            logits, states = self.average(x.unsqueeze(0), states, return_state=True)
-            total += F.cross_entropy(logits[0], y, reduction="sum").item()
-        losses = self.block_losses(stop)
-        if losses is None:
-            return None
-        return total / (len(text) - 1), torch.cat([t.flatten() for t in losses]).mean().item()
-
-    @torch.no_grad()
-    def block_losses(self, stop=lambda: False):
-        """The loss of each character, in blocks that are read on their own: None if stopped.
-
-        -> tensors (blocks, block), and (1, rest) if a rest of the text is shorter than a block
-        """
-        (x, y), size = (self.data.valid[:-1], self.data.valid[1:]), self.settings["block"]
-        even, losses = len(x) // size * size, []
-        batches = list(zip(x[:even].view(-1, size).split(64), y[:even].view(-1, size).split(64)))
-        if even < len(x):
-            batches.append((x[None, even:], y[None, even:]))
-        for inputs, targets in batches:
-            if stop():
-                return None
-            logits = self.average(inputs).flatten(0, 1)
-            losses.append(F.cross_entropy(logits, targets.flatten(), reduction="none")
-                          .view_as(targets))
-        return losses
-
-    def save(self, path):
-        mine = self.states
-        self.states = mine and [[gather(t) for t in state] for state in mine]
-        super().save(path)
-        self.states = mine
-
-    def load(self, path):
-        super().load(path)
-        self.states = self.states and [State(*(share(t).to(self.device) for t in state))
-                                       for state in self.states]
-
-    def path(self, folder):
-        return os.path.join(folder, f"{self.data.name}-seed{self.settings['seed']}.pt")
-
-    def title(self):
-        return (f"text {self.data.name}: {len(self.data.train):,} characters for training, "
-                f"{len(self.data.valid):,} for validation, vocabulary {self.classes}")
-
-    def report(self):
-        """The losses after the last epoch, and what the model writes now."""
-        stream, block = self.scores[-1]
-        start = encode("\n" if "\n" in self.vocabulary else self.vocabulary[0], self.vocabulary)
-        seed = self.draw("sample", len(self.scores))
-        tokens = generate(self.average, start.to(self.device), 200, temperature=0.8, seed=seed)
-        sample = "".join(self.vocabulary[t] for some in tokens for t in some).strip()
-        return (f"validation {stream:.4f} nats = {stream / math.log(2):.4f} bits streaming, "
-                f"{block:.4f} nats = {block / math.log(2):.4f} bits in blocks\n      | "
-                + sample.replace("\n", "\n      | "))
-
-    def result(self):
-        """The row of a finished run: what it was, what came out, and where it ran."""
-        (stream, block), s = self.scores[-1], self.settings
-        return {"dataset": self.data.name, "seed": s["seed"], "params": self.parameters(),
-                "epochs": s["epochs"], "val_loss_stream": f"{stream:.4f}",
-                "val_loss_block": f"{block:.4f}", "val_bits_stream": f"{stream / math.log(2):.4f}",
-                "val_bits_block": f"{block / math.log(2):.4f}", "seconds": f"{self.seconds():.0f}",
-                **self.machine, "command": f"python train_shakespeare.py --seed {s['seed']}"
-                + flags(s, SETTINGS, parse([])) + self.data.chosen_by}
+def changed(recipe):
+    """The settings that differ from RECIPE, as flags, but for those that have a column."""
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in recipe.items()
+                    if value != RECIPE[key] and key not in ("seed", "epochs"))
 
 
-# --------------------------------------------------------------------------------------------------
-# Several seeds: a table and a figure.
+def result(recipe, text, device, run):
+    """The row of a finished run; printed as a RESULT line. The losses are those of the end."""
+    _, log, scores, parameters = run
+    (stream, blocks), bit = scores[-1], math.log(2)
+    row = {"dataset": text.name, "seed": recipe["seed"], "params": parameters,
+           "epochs": recipe["epochs"], "val_loss_stream": f"{stream:.4f}",
+           "val_loss_block": f"{blocks:.4f}", "val_bits_stream": f"{stream / bit:.4f}",
+           "val_bits_block": f"{blocks / bit:.4f}", "seconds": f"{log[-1][2]:.0f}",
+           "recipe": f"shakespeare {changed(recipe)}".strip()}
+    print("RESULT " + " ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    return row | {"device": describe(device), "torch": torch.__version__,
+                  "command": "python " + shlex.join(sys.argv)}
 
-def train_seeds(settings, seeds, text, device, out, resume):
-    """One model per seed; then the rows, the figure and the table: -> whether all finished."""
-    trainers = []
-    for seed in dict.fromkeys(seeds):
-        trainer = TextTrainer(dict(settings, seed=seed), text, device)
-        if not run(trainer, out, resume and begun(trainer, out)):
-            return False
-        trainers.append(trainer)
-    if RANK > 0:
-        return True
-    rows = [t.result() for t in trainers]
-    name = results_name(text.name, flags(settings, SETTINGS, parse([])), seeds)
-    write_atomically(f"results/{name}.csv", lambda part: write_rows(part, rows))
-    write_atomically(f"figures/{name}_loss.png", lambda part: draw_loss(part, trainers))
-    print(f"\nwrote results/{name}.csv and figures/{name}_loss.png\n\n"
-          f"| validation loss | nats per character | bits per character |\n|---|---|---|")
+
+def print_table(rows):
+    """The README's table: mean ± standard deviation (n - 1) over the seeds."""
+    print("\n| validation loss | nats per character | bits per character |\n|---|---|---|")
     for way in ("stream", "block"):
-        nats, bits = ([float(row[f"val_{unit}_{way}"]) for row in rows]
-                      for unit in ("loss", "bits"))
-        print(f"| {way} | {mean_sd(nats, digits=4)} | {mean_sd(bits, digits=4)} |")
-    return True
+        cells = []
+        for unit in ("loss", "bits"):
+            values = torch.tensor([float(row[f"val_{unit}_{way}"]) for row in rows]).double()
+            spread = f" ± {values.std():.4f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.4f}{spread}")
+        print(f"| {way} | {cells[0]} | {cells[1]} |")
 
 
-def draw_loss(path, trainers):
-    """Losses over characters read; and on one block, over the characters that it has seen of it."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    first, gray, red, blue = trainers[0], "#7f7f7f", "#d62728", "#1f77b4"
-    width = max(1, first.steps // 100)                     # steps that a point is the mean of
-    for t in trainers:
-        label = {} if t is not first else {"label": "training"}
-        losses = t.losses.unfold(0, width, width).mean(1)
-        read = width * t.per_step * torch.arange(1, len(losses) + 1) / 1e6
-        axes[0].plot(read, losses, color=gray, linewidth=1, **label)
-        ends = t.per_epoch * t.per_step * torch.arange(1, len(t.scores) + 1) / 1e6
-        for way, color, scores in zip(("validation, in blocks", "validation, streaming"),
-                                      (blue, red), reversed(list(zip(*t.scores)))):
-            axes[0].plot(ends, scores, "o-", color=color, markersize=3,
-                         label=way if t is first else None)
+def draw_loss(path, runs, recipe, text, title):
+    """Losses over characters read; and in blocks, over the characters that it has seen of one."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    gray, red, blue, block = "#7f7f7f", "#d62728", "#1f77b4", recipe["block"]
+    per_step, seen = recipe["batch"] * block / 1e6, []
+    for i, (average, log, scores, _) in enumerate(runs):
+        hidden = "_" if i else ""        # a label that begins so stays out of the legend
+        losses = torch.tensor(log)[:, 0]
+        width = max(1, len(losses) // 100)                 # steps that a point is the mean of
+        losses = losses.unfold(0, width, width).mean(1)
+        axes[0].plot(per_step * width * torch.arange(1, len(losses) + 1), losses, color=gray,
+                     linewidth=1, label=hidden + "training")
+        ends = per_step * len(log) / len(scores) * torch.arange(1, len(scores) + 1)
+        for way, color, name in ((1, blue, "in blocks"), (0, red, "streaming")):
+            axes[0].plot(ends, [score[way] for score in scores], "o-", color=color, markersize=3,
+                         label=f"{hidden}validation, {name}")
+        losses = block_losses(average, text, block).cpu()
+        seen.append(losses[:len(losses) // block * block].view(-1, block).mean(0))     # (block,)
     low, high = axes[0].get_ylim()
     axes[0].set(xlabel="characters read (millions)", ylabel="loss (nats per character)",
                 ylim=(low, min(high, low + 1)))
-    blocks, block = [b for t in trainers for b in t.block_losses()], first.settings["block"]
-    losses = torch.cat([b for b in blocks if b.shape[1] == block]).mean(0).cpu()       # (block,)
-    ends = [2 ** i for i in range(block.bit_length()) if 2 ** i < block] + [block]
+    seen, ends = torch.stack(seen).mean(0), [2 ** i for i in range(30) if 2 ** i < block] + [block]
     bins = [(start + 1, end) for start, end in zip([0] + ends, ends)]      # 1, 2, 3–4, 5–8, …
     axes[1].plot([f"{start}–{end}" if start < end else f"{end}" for start, end in bins],
-                 [losses[start - 1:end].mean() for start, end in bins], "o-", color=blue,
+                 [seen[start - 1:end].mean() for start, end in bins], "o-", color=blue,
                  label="in blocks")
-    axes[1].axhline(sum(t.scores[-1][0] for t in trainers) / len(trainers), color=red,
+    axes[1].axhline(sum(scores[-1][0] for _, _, scores, _ in runs) / len(runs), color=red,
                     label="streaming: mean over the text")
     axes[1].set(xlabel="place in the block (characters)", ylabel="validation loss (nats)")
     for ax in axes:
         ax.grid(alpha=0.3, which="both")
         ax.legend(frameon=False)
-    seeds = ", ".join(str(t.settings["seed"]) for t in trainers)
-    figure.suptitle(f"{first.data.name}, seeds {seeds}", fontsize=10)
-    figure.savefig(path, dpi=120, format="png")
+    figure.suptitle(title, fontsize=10)
+    write(path, lambda part: figure.savefig(part, dpi=120, format="png"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Writing.
 
-def checkpoint(args):
-    """The checkpoint to write from: the one that was named, or that of this text and seed 0."""
-    names = ["shakespeare"] * (args.data != "synthetic") + ["synthetic-pydoc"] * (
-        args.data != "real")
-    paths = [os.path.join(args.out, f"{name}{'-quick' * args.quick}-seed0.pt")
-             for name in ([name_of(args.text)] if args.text else names)]
-    return args.checkpoint or next(filter(os.path.exists, paths), paths[0])
-
-
-def load_model(path, device):
-    """-> the MambaLM of a checkpoint, and its vocabulary. Raises UserError if path has none."""
-    state = read_checkpoint(path, "train first, by python train_shakespeare.py, or name another "
-                                  "one with --checkpoint")
-    try:
-        model = build(state["settings"])
-        model.load_state_dict(state["average"])
-        return model.to(device).eval(), state["vocabulary"]
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} holds no model of train_shakespeare.py ({first_line(error)}): "
-                        f"name another with --checkpoint") from None
-
-
-def write_text(args):
+def write_text(args, model, vocabulary, device):
     """Continue a prompt on stdout, as it comes; at the end, say on stderr how fast it came."""
-    device = choose_device(args.device)
-    torch.set_num_threads(1)             # products this small gain nothing from a second thread
-    model, vocabulary = load_model(checkpoint(args), device)
-    if not args.generate:
-        raise UserError("the prompt is empty: give at least one character after --generate")
     prompt = encode(args.generate, vocabulary).to(device)
     print(args.generate, end="", flush=True)
     start = time.perf_counter()
-    for tokens in generate(model, prompt, args.tokens, temperature=args.temperature,
-                           top_k=args.top_k, seed=args.seed):
-        print("".join(vocabulary[t] for t in tokens), end="", flush=True)
+    for token in generate(model, prompt, args.tokens, temperature=args.temperature,
+                          top_k=args.top_k, seed=args.seed):
+        print(vocabulary[token], end="", flush=True)
     speed = args.tokens / (time.perf_counter() - start)
     print(f"\n\n{args.tokens:,} characters, {speed:,.0f} per second", file=sys.stderr)
-    return True
 
 
-def rate(clock, begin=0, end=math.inf):
-    """Characters per second between two counts; clock is a list of (count, seconds)."""
-    inside = [point for point in clock if begin <= point[0] <= end]
-    (first, start), (last, stop) = inside[0], inside[-1]
-    return (last - first) / max(stop - start, 1e-9)
-
-
-def benchmark(args):
-    """How fast `generate` is, at the beginning and the end of a long text; and without it."""
-    device = choose_device(args.device)
-    torch.set_num_threads(1)
-    model, vocabulary = load_model(checkpoint(args), device)
-    check_writable("results")
+def benchmark(args, model, vocabulary, device):
+    """How fast `generate` is, and at the beginning and the end of a long text; and the plain way."""
     prompt, rows = encode(args.generate or vocabulary[0], vocabulary).to(device), []
-    for way, writer, count in (("generate", generate, args.tokens),
-                               ("MambaLM.forward", forward_only, min(2000, args.tokens))):
-        clock = [(0, time.perf_counter())]
-        for tokens in writer(model, prompt, count):
-            clock.append((clock[-1][0] + len(tokens), time.perf_counter()))
-        row = {"way": way, "params": sum(p.numel() for p in model.parameters()),
-               "characters": count, "per_second": f"{rate(clock):.0f}",
-               "first_1000_per_second": f"{rate(clock, 0, 1000):.0f}",
-               "last_1000_per_second": f"{rate(clock, count - 1000, count):.0f}"}
+    for way, count in ((generate, args.tokens), (generate_plainly, min(2000, args.tokens))):
+        clock = [time.perf_counter()]
+        for _ in way(model, prompt, count):
+            clock.append(time.perf_counter())
+        few = min(1000, count)
+        row = {"way": way.__name__, "params": sum(p.numel() for p in model.parameters()),
+               "characters": count, "per_second": f"{count / (clock[-1] - clock[0]):.0f}",
+               "first_1000_per_second": f"{few / (clock[few] - clock[0]):.0f}",
+               "last_1000_per_second": f"{few / (clock[-1] - clock[-1 - few]):.0f}"}
         print("RESULT " + " ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-        rows.append({**row, "device": describe(device), "torch": str(torch.__version__),
-                     "command": f"python train_shakespeare.py --benchmark --tokens {args.tokens}"
-                                + f" --checkpoint {shlex.quote(checkpoint(args))}"})
-    write_atomically("results/generation.csv", lambda part: write_rows(part, rows))
-    return True
-
-
-@torch.inference_mode()
-def forward_only(model, prompt, count):
-    """What `generate` does, by MambaLM.forward alone: yields lists of one token."""
-    tokens, states = prompt.unsqueeze(0), None
-    for _ in range(count):
-        logits, states = model(tokens, states, return_state=True)
-        tokens = torch.multinomial(logits[:, -1].softmax(-1), 1)
-        yield [tokens.item()]
+        rows.append(row | {"device": describe(device), "torch": torch.__version__,
+                           "command": "python " + shlex.join(sys.argv)})
+    write_rows("results/generation.csv", rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line.
 
 def parse(arguments):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count, seed = p.add_argument, number(int, 1), number(int, 0, 10 ** 6)
-    add("--seed", type=seed, default=0, help="of the training, or of the text that is written")
-    add("--seeds", type=seed, nargs="+", help="train once with each, then write table and figure")
+    """-> all flags, and the recipe: the settings, with what the flags change."""
+    p = argparse.ArgumentParser(
+        usage="train_shakespeare.py [--flag value ...]    (--help lists them)",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"The first {len(RECIPE)} flags are the settings of the training. What they mean "
+               f"stands beside them, in RECIPE at the top of this file.")
+    add = p.add_argument
+    for setting, value in RECIPE.items():
+        add("--" + setting.replace("_", "-"), type=type(value), default=value,
+            metavar=type(value).__name__, help=f"default {value}")
+    add("--seeds", type=int, nargs="+", help="train once with each, then write table and figure")
+    add("--name", help="what the files of a run or table are called; default: the text")
     add("--quick", action="store_true", help="one epoch of 164,000 characters")
     add("--resume", action="store_true", help="go on from the checkpoint")
-    add("--epochs", type=count, help="default 10")
-    add("--batch", type=count, default=32, help="places in the text, default %(default)s")
-    add("--block", type=count, default=128, help="characters per step, default %(default)s")
-    add("--lr", type=number(float, 0), default=1.5e-2, help="its peak, default %(default)s")
-    add("--weight-decay", type=number(float, 0), default=0.3, help="default %(default)s")
-    add("--average", type=number(float, 0, 1), default=0.998,
-        help="decay per step of the averaged weights, default %(default)s")
-    add("--forget", type=number(float, 0, 1), default=0.05,
-        help="chance that a row drops its state before a step, default %(default)s")
-    add("--d-model", type=count, default=128, help="width of the model, default %(default)s")
-    add("--layers", type=count, default=4, help="default %(default)s")
-    add("--generate", metavar="PROMPT", help="write instead of training")
-    add("--tokens", type=count, default=1000, help="characters to write, default %(default)s")
-    add("--temperature", type=number(float, 0, 100), default=0.8,
-        help="1: as the model has it; 0: always the most likely; default %(default)s")
-    add("--top-k", type=count, help="draw among so many characters only")
-    add("--checkpoint", help="to write from, default that of this text and seed 0")
-    add("--benchmark", action="store_true", help="measure the speed of writing --tokens characters")
     add("--text", metavar="FILE", help="train on this text, UTF-8")
-    add_places(add, "auto: TinyShakespeare, or Python's help texts if it cannot be had")
+    add("--generate", metavar="PROMPT", help="write instead of training; --seed is the text's")
+    add("--tokens", type=int, default=1000, help="characters to write, default %(default)s")
+    add("--temperature", type=float, default=0.8,
+        help="1: as the model has it; 0: always the most likely; default %(default)s")
+    add("--top-k", type=int, help="draw among so many characters only, default all")
+    add("--checkpoint", help="to write from; default: that of the text and seed 0")
+    add("--benchmark", action="store_true", help="measure the speed of writing --tokens characters")
+    add("--data", choices=["auto", "real", "synthetic"], default="auto",
+        help="auto: Python's help texts if TinyShakespeare cannot be had; default %(default)s")
+    add("--data-dir", default="data", help="default %(default)s")
+    add("--out", default="checkpoints", help="folder for checkpoints, default %(default)s")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
+    if "--quick" in arguments:
+        p.set_defaults(epochs=1)
     args = p.parse_args(arguments)
-    args.epochs = args.epochs or (1 if args.quick else 10)
-    return args
+    recipe = {setting: getattr(args, setting) for setting in RECIPE}
+    for setting, value in vars(args).items():
+        low = 1 if setting in ("epochs", "batch", "block", "d_model", "tokens", "top_k") else 0
+        high = 1 if setting in ("average", "forget") else math.inf
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            p.error(f"--{setting.replace('_', '-')} must be from {low} to {high}, got {value}")
+    if args.seeds and not args.name and (changed(recipe) or args.epochs != p.get_default("epochs")):
+        p.error("a table with other settings than those of RECIPE needs a --name for its files")
+    return args, recipe
 
 
-def train(args):
-    device = choose_device(args.device)
-    join(device, args.batch)
-    for folder in [args.out] + ["results", "figures"] * bool(args.seeds):
-        check_writable(folder)
+def main():
+    args, recipe = parse(sys.argv[1:])
+    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
+    device = torch.device("cpu" if device == "auto" else device)
+    try:
+        if device.type == "cuda":        # torchrun counts the processes of one machine
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=device)
+    except Exception:                    # its kind depends on how torch was built
+        sys.exit(f"train_shakespeare.py: there is no device {device} here: use --device cpu")
+
+    if args.generate is not None or args.benchmark:
+        torch.set_num_threads(1)         # products this small gain nothing from a second thread
+        if hasattr(signal, "SIGPIPE"):   # `| head` has seen enough: end without a traceback
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        names = [f"text_{os.path.splitext(os.path.basename(args.text))[0]}"] if args.text else [
+            "shakespeare", "synthetic_pydoc"]
+        quick = "_quick" if args.quick else ""
+        paths = [os.path.join(args.out, f"{args.name or name + quick}-seed0.pt") for name in names]
+        path = args.checkpoint or next(filter(os.path.exists, paths), paths[0])
+        (benchmark if args.benchmark else write_text)(args, *load_model(path, device), device)
+        return
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+    if recipe["batch"] % PROCESSES:
+        sys.exit(f"train_shakespeare.py: {PROCESSES} processes cannot share {recipe['batch']} rows")
+    if PROCESSES > 1:                    # the first one prints, downloads and writes files
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+            dist.barrier()
     text = load_text(args.data_dir, args.data, args.text)
+    if PROCESSES > 1 and RANK == 0:
+        dist.barrier()
     if args.quick:
-        text = Text(text.name + "-quick", text.vocabulary, text.train[:164000], text.valid[:16000],
-                    text.chosen_by + " --quick")
+        text = Text(text.name + "-quick", text.vocabulary, text.train[:164000], text.valid[:16000])
     if len(text.train) <= args.batch * args.block or len(text.valid) <= args.block:
-        raise UserError(f"{text.name} has {len(text.train)} characters for training and "
-                        f"{len(text.valid)} for validation: too few for one step of {args.batch} "
-                        f"rows of {args.block}. Use a smaller --batch and --block")
+        sys.exit(f"train_shakespeare.py: {text.name} has {len(text.train)} characters for training "
+                 f"and {len(text.valid)} for validation: too few for a step of {args.batch} rows of "
+                 f"{args.block}. Use a smaller --batch and --block")
     text = text._replace(train=text.train.to(device), valid=text.valid.to(device))
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    if args.seeds:
-        return train_seeds(settings, args.seeds, text, device, args.out, args.resume)
-    return run(TextTrainer(settings, text, device), args.out, args.resume)
 
-
-def main(arguments=None):
-    def job():
-        args = parse(arguments)
-        chosen = benchmark if args.benchmark else train if args.generate is None else write_text
-        return chosen(args)
-
-    return guard("train_shakespeare.py", job)
+    name, rows, runs = args.name or text.name.replace("-", "_"), [], []
+    for seed in args.seeds or [args.seed]:
+        settings, path = dict(recipe, seed=seed), os.path.join(args.out, f"{name}-seed{seed}.pt")
+        resume = args.resume and (os.path.exists(path) or not args.seeds)
+        if RANK == 0 and not resume and os.path.exists(path):          # --resume was forgotten
+            old = next(old for i in itertools.count(1)
+                       if not os.path.exists(old := f"{path}.old{i}"))
+            os.replace(path, old)
+            print(f"an earlier checkpoint was there, and is now {old}")
+        try:
+            runs.append(train(settings, text, device, path, resume))
+        except KeyboardInterrupt:
+            print(f"\nstopped; saved in {path}: the same command with --resume goes on")
+            sys.exit(130)
+        rows.append(result(settings, text, device, runs[-1]))
+    if RANK == 0 and args.seeds:
+        write_rows(f"results/{name}.csv", rows)
+        draw_loss(f"figures/{name}_loss.png", runs, recipe, text, f"{text.name}, seeds {args.seeds}")
+        print_table(rows)
+    if PROCESSES > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    leave(main())
+    main()

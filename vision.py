@@ -7,10 +7,11 @@
 A scan carries information one way only: to a causal model, the upper left corner of a digit never
 knows what the lower right looks like. The bidirectional block scans the same tokens twice, each
 time with a convolution and an S6 of its own, the second time in reverse, and fuses the two outputs
-by average or concatenation. (Vision Mamba adds them; half the sum starts as large as one scan.)
+by average or concatenation. (Vision Mamba's paper adds them; the released models also divide by 2.
+The two are uncorrelated at first, so half the sum is then 1/√2 as large as one of them.)
 
-Where the tokens are single pixels, the same image can also be written: `PixelLM` guesses each pixel
-from those before it, and then draws.
+Where the tokens are single pixels, an image can also be drawn: `PixelLM` guesses each pixel from
+those before it.
 
 direction="causal" is the control: the same two branches, parameters and cost, and the second branch
 is merely not reversed. What differs between the two models is the direction, and nothing else.
@@ -53,7 +54,7 @@ class PixelNorm(RMSNorm):
 
 
 def _conv_norm(inputs, outputs, stride):
-    """A 3×3 convolution that shrinks the image by stride, a norm, and a bend."""
+    """A 3×3 convolution that shrinks the image by stride, a norm, and a nonlinearity (SiLU)."""
     return (nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
             PixelNorm(outputs), nn.SiLU())
 
@@ -68,8 +69,10 @@ class Stem(nn.Module):
              in the same order, but each sees more than its patch: 9×9 pixels for a patch of 4. A
              stroke becomes an edge before it becomes a token
     "deep"   for photographs: five full 3×3 convolutions, of d_model/4, d_model/2 and three times
-             d_model channels. The first three shrink the image as above, so the last two are
-             cheap. Each token sees 25×25 pixels for a patch of 4, and so the rows below it
+             d_model channels. The first three shrink the image as above; the last two, on the small
+             image, are most of the work. Each token sees 25×25 pixels for a patch of 4, and so the
+             rows below it
+    Raises ValueError for another kind, and a patch or d_model that the convolutions cannot have.
     """
 
     def __init__(self, channels, d_model, patch=4, kind="conv"):
@@ -79,7 +82,8 @@ class Stem(nn.Module):
             self.net = nn.Conv2d(channels, d_model, patch, stride=patch)
             return
         if patch not in (2, 4):      # what the kernels see must cover the patch
-            raise ValueError(f"the {kind} stem is made for a patch of 2 or 4, got {patch}")
+            raise ValueError(f"the {kind} stem is made for a patch of 2 or 4, got {patch}: the "
+                             f"stem \"patch\" takes any")
         if d_model < 4:
             raise ValueError(f"d_model must be 4 or more, got {d_model}")
         if kind == "conv":
@@ -110,16 +114,11 @@ def along_axes(table, rows, columns):
     return (row.unsqueeze(1) + column).flatten(0, 1)
 
 
-def _check_divisible(size, patch):
-    if any(side % patch for side in size):
-        raise ValueError(f"patch {patch} does not divide an image of {size[0]}x{size[1]} pixels")
-
-
 # --------------------------------------------------------------------------------------------------
 # The block: two scans over the same tokens.
 
 class VisionBlock(nn.Module):
-    """x ↦ x + out_proj(fuse(S6→, S6←) · SiLU(z)), (b, l, d_model) both: two paths of block.py."""
+    """x -> x + out_proj(fuse(S6→, S6←) · SiLU(z)), (b, l, d_model): two paths of block.py."""
 
     def __init__(self, d_model, n=16, expand=2, direction="bidirectional", fuse="average"):
         super().__init__()
@@ -135,14 +134,16 @@ class VisionBlock(nn.Module):
         """Raises ValueError for another width."""
         check_sequence(self, x, len(self.norm.weight))
         a, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)                     # (b, l, d) each
-        first, gate = self.first(a), F.silu(z)
+        gate = F.silu(z)
+        first, _ = self.first(a)         # an image is read whole: nobody goes on from its state
         if self.direction == "bidirectional":
-            second = self.second(a.flip(1)).flip(1)
+            second, _ = self.second(a.flip(1))
+            second = second.flip(1)
         else:
-            second = self.second(a)
+            second, _ = self.second(a)
         if self.fuse == "average":
             y = (first + second) * (0.5 * gate)                                # (b, l, d)
-        else:
+        else:                            # "concat"
             y = torch.cat([first * gate, second * gate], dim=-1)               # (b, l, 2d)
         return x + self.out_proj(y)
 
@@ -154,7 +155,7 @@ class ImageClassifier(nn.Module):
     """Images (b, channels, height, width) -> logits (b, classes), by any body that reads tokens.
 
     body        module, (b, l, d_model) -> (b, l, width). Mamba here, and in train_mnist.py also the
-                RNN and S4 of rnn.py: models then differ in their body alone
+                RNN and S4 of rnn.py: the models then differ in their body alone
     image_size  (height, width) in pixels, both divisible by patch
     position    the learned vectors that are added: "patches" one for each token, "axes" one for
                 its row and one for its column, since a table of every pixel would be large
@@ -166,7 +167,9 @@ class ImageClassifier(nn.Module):
     def __init__(self, body, d_model, width, *, image_size=(28, 28), channels=1, patch=4,
                  classes=10, stem="conv", position="patches", pool="mean"):
         super().__init__()
-        _check_divisible(image_size, patch)
+        if any(side % patch for side in image_size):
+            raise ValueError(f"patch {patch} does not divide an image of {image_size[0]}x"
+                             f"{image_size[1]} pixels")
         self.image_size, self.pool = tuple(image_size), _choose("pool", pool, POOLS)
         self.stem = Stem(channels, d_model, patch, stem)
         rows, columns = self.grid = image_size[0] // patch, image_size[1] // patch
@@ -207,79 +210,70 @@ class VisionMamba(ImageClassifier):
 # An image as a text: the next pixel from those before.
 
 GREYS = 256
-BEGIN = GREYS        # the token before the first pixel, and whatever lies above the image
-# What lies close to a pixel and before it, as (rows up, columns to the right). The image is read as
-# one line: beyond its left and right edge are pixels of the other side, a row away.
-NEIGHBOURS = [(0, -i) for i in (1, 2, 3)] + [(up, i) for up in (1, 2, 3) for i in range(-3, 4)]
+BEGIN = GREYS        # the token before the first pixel
 
 
 class PixelLM(nn.Module):
     """Tokens (b, l) int64, BEGIN and then pixels -> logits (b, l, 256) for the pixel after each.
 
-        near   = Σ_i table_i[neighbour i] + row + column                       (b, l, wide)
-        far    = widen(blocks(narrow(near)))                                   (b, l, wide)
-        logits = head(norm(mlp(near + far)))        mlp: twice x ↦ x + W SiLU(norm(x))
-
-    blocks      MambaBlocks, or the S4Blocks of rnn.py: what can be run from a state
-    d_model     the width of the blocks
+    blocks      MambaBlocks, or the S4Blocks of rnn.py: what returns (y, state)
+    d_model     their width
     image_size  (height, width)
-    wide        the width of all that is done pixel by pixel
 
-    Read row by row, the pixel above is a whole row ago, which is far for a recurrence. So its input
-    tells the row and the column of the pixel to be guessed, and its NEIGHBOURS, those that are
-    known: a first layer for this task as the stem is for the other. The grey of an edge depends
-    on the exact greys around it, and learning how takes tables and a wide MLP. What is further
-    away, the state must remember; there a narrow residual stream will do.
-    Raises ValueError for an image that is less than 4 pixels wide.
+    A language model whose words are grey values, read row by row. It is shown the last pixel, and
+    the row and the column of the pixel that it must guess. All else, the row above included, it
+    must remember; there is a state for that.
     """
 
-    def __init__(self, blocks, d_model, image_size=(28, 28), wide=384):
+    def __init__(self, blocks, d_model, image_size=(28, 28)):
         super().__init__()
-        if image_size[1] < 4:
-            raise ValueError(f"PixelLM: image_size must be 4 or more wide, got {image_size}")
         self.image_size = tuple(image_size)
-        self.tables = nn.EmbeddingBag(len(NEIGHBOURS) * (GREYS + 1), wide, mode="sum")
-        nn.init.normal_(self.tables.weight, std=len(NEIGHBOURS) ** -0.5)
-        self.position = nn.Parameter(0.1 * torch.randn(sum(image_size), wide))
-        self.narrow, self.widen = nn.Linear(wide, d_model), nn.Linear(d_model, wide)
+        self.embedding = nn.Embedding(GREYS + 1, d_model)
+        self.position = nn.Parameter(0.1 * torch.randn(sum(image_size), d_model))
         self.blocks = nn.ModuleList(blocks)
         scale_residuals(self.blocks)
-        # LayerNorm is one kernel on a CPU, RMSNorm several: that matters where tokens are wide.
-        self.mlp = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(wide), nn.SiLU(), nn.Linear(wide, wide)) for _ in range(2))
-        self.norm = nn.LayerNorm(wide)
-        self.head = nn.Linear(wide, GREYS)
+        self.norm = RMSNorm(d_model)
+        self.head = nn.Linear(d_model, GREYS)
 
-    def forward(self, tokens, states=None, *, return_state=False):
-        """As MambaLM's; states are the number of tokens read, the last of them, and the blocks'.
+    def forward(self, tokens):
+        """tokens (b, l) -> logits (b, l, 256), from the beginning of an image on."""
+        return self.read(tokens)[0]
+
+    def read(self, tokens, states=None):
+        """The same, and what to go on from: how many tokens were read, and the blocks' states.
 
         Raises ValueError for another shape, for more tokens than the image has pixels, and for a
         token that is none.
         """
         if tokens.ndim != 2:
             raise ValueError(f"PixelLM: tokens must have shape (b, l), got {tuple(tokens.shape)}")
-        (b, l), (height, width) = tokens.shape, self.image_size
-        back = [up * width - right - 1 for up, right in NEIGHBOURS]   # token i is pixel i-1
-        reach = max(back)
-        place, window, before = states or (
-            0, tokens.new_full((b, reach), BEGIN), [None] * len(self.blocks))
+        l, (height, width) = tokens.shape[1], self.image_size
+        place, states = states or (0, [None] * len(self.blocks))
         if place + l > height * width:
             raise ValueError(f"PixelLM: {place + l} tokens, and an image of {height}x{width} "
                              f"pixels takes {height * width}")
         if ((tokens < 0) | (tokens > BEGIN)).any():
             raise ValueError(f"PixelLM: tokens must be from 0 to {BEGIN}")
-        window, new = torch.cat([window, tokens], 1), []                       # (b, reach + l)
-        seen = torch.stack([window[:, reach - i:][:, :l] + kind * (GREYS + 1)
-                            for kind, i in enumerate(back)], -1)               # (b, l, 24)
-        near = self.tables(seen.flatten(0, 1)).view(b, l, -1)                  # (b, l, wide)
-        near = near + along_axes(self.position, height, width)[place:place + l]
-        x = self.narrow(near).to(near.dtype)    # the residual stream is not autocast to bfloat16
-        for block, state in zip(self.blocks, before, strict=True):             # (b, l, d_model)
-            out = block(x, state, return_state=return_state)
-            x, state = out if return_state else (out, None)
+        position = along_axes(self.position, height, width)[place:place + l]   # (l, d_model)
+        x, new = self.embedding(tokens) + position, []                         # (b, l, d_model)
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = block(x, state)
             new.append(state)
-        x = near + self.widen(x)                                               # (b, l, wide)
-        for layer in self.mlp:
-            x = x + layer(x)
-        logits = self.head(self.norm(x))                                       # (b, l, 256)
-        return (logits, (place + l, window[:, l:], new)) if return_state else logits
+        return self.head(self.norm(x)), (place + l, new)
+
+
+@torch.inference_mode()
+def complete(model, given, length, seed):
+    """Draw the rest of images: model a PixelLM, given (b, g) int64, g < length -> (b, length).
+
+    The pixels that are given are read in one call; then every pixel is a step of the recurrence,
+    drawn from what the model thinks of it. The same seed draws the same pixels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens, states, pixels = F.pad(given, (1, 0), value=BEGIN), None, [given]
+    for _ in range(length - given.shape[1]):
+        logits, states = model.read(tokens, states)
+        chances = logits[:, -1].softmax(-1).cpu()                              # (b, 256)
+        tokens = torch.multinomial(chances, 1, generator=generator).to(given)  # (b, 1)
+        pixels.append(tokens)
+    return torch.cat(pixels, 1)
