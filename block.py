@@ -34,7 +34,13 @@ Read before: s6.py. Read next: vision.py, the same block for images.
 Source: Gu & Dao 2023, section 3.4 and figure 3; initialisation as in the authors' code.
 """
 # No `from __future__ import annotations` here: TorchScript reads the annotations of this file.
+import copy
+import csv
 import math
+import os
+import platform
+import sys
+import time
 from typing import List, NamedTuple, Tuple
 
 import torch
@@ -230,7 +236,7 @@ def load_official(state_dict):
 
 
 def official_state_dict(model, style="transformers"):
-    """The way back: the weights of a MambaLM by their official names, the head as a copy of its own.
+    """The way back: the weights of a MambaLM by their official names, lm_head.weight included.
 
     style    "transformers": for MambaForCausalLM; "mamba_ssm": for state-spaces/mamba (1.x)
     Raises ValueError for another style.
@@ -260,7 +266,7 @@ def draw(logits: Tensor, noise: Tensor, top_k: int) -> Tensor:
 
 
 def gumbel(count, logits, temperature, generator):
-    """temperature · Gumbel noise for so many draws, (count, 1, vocabulary): -log of exponentials."""
+    """temperature · Gumbel noise, (count, 1, vocabulary): minus the log of exponential noise."""
     noise = torch.empty(count, *logits.shape).exponential_(generator=generator)
     return (-temperature * noise.log()).to(logits)
 
@@ -397,3 +403,99 @@ def parameter_groups(model, weight_decay):
         (decayed if matrix else spared).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay},
             {"params": spared, "weight_decay": 0.0}]
+
+
+# --------------------------------------------------------------------------------------------------
+# `python block.py`: one training step, and generation, beside other libraries: five minutes.
+#
+# `pip install transformers mambapy`, or one of them: what is not installed is left out. All have
+# the same weights, so their losses must agree, and so must what they write. Without CUDA,
+# transformers runs a loop over time in PyTorch, and mambapy a parallel scan.
+
+def peers(model):
+    """-> {library: (the model in it, tokens -> logits, (prompt, count) -> tokens it writes)}."""
+    vocabulary, d_model = model.embedding.weight.shape
+    ways = {"this project": (model, lambda tokens: model(tokens)[0], lambda prompt, count: list(
+        generate(model, prompt, count, temperature=0)))}
+    try:
+        from transformers import MambaConfig, MambaForCausalLM
+        hf = MambaForCausalLM(MambaConfig(vocab_size=vocabulary, hidden_size=d_model,
+                                          num_hidden_layers=len(model.layers)))
+        hf.load_state_dict(official_state_dict(model))
+        ways["transformers"] = hf, lambda tokens: hf(tokens).logits, lambda prompt, count: (
+            hf.generate(prompt[None], do_sample=False, min_new_tokens=count, max_new_tokens=count)
+            [0, len(prompt):].tolist())
+    except ImportError as error:
+        print(f"without transformers: {error}")
+    try:                                 # its LM imports CUDA packages: its core, and our two ends
+        from mambapy.mamba import Mamba as Core, MambaConfig
+        core = Core(MambaConfig(d_model=d_model, n_layers=len(model.layers)))
+        weights = official_state_dict(model, "mamba_ssm").items()
+        core.load_state_dict({name.removeprefix("backbone."): weight for name, weight in weights
+                              if ".layers." in name})
+        ends = copy.deepcopy(nn.ModuleDict({"embedding": model.embedding, "norm": model.norm_f}))
+
+        def head(x):
+            return F.linear(ends["norm"](x), ends["embedding"].weight)
+
+        @torch.no_grad()
+        def write(prompt, count):        # the most likely token each time, by mambapy's own step
+            caches = [(None, torch.zeros(1, 2 * d_model, 3)) for _ in model.layers]
+            text = prompt.tolist()
+            for i in range(len(prompt) + count - 1):
+                x, caches = core.step(ends["embedding"](torch.tensor(text[i:i + 1])), caches)
+                if i + 1 >= len(prompt):
+                    text.append(head(x).argmax().item())
+            return text[len(prompt):]
+
+        ways["mambapy"] = (nn.ModuleList([core, ends]),
+                           lambda tokens: head(core(ends["embedding"](tokens))), write)
+    except ImportError as error:
+        print(f"without mambapy: {error}")
+    return ways
+
+
+def main():
+    """One thread, two sizes: a table, and results/peers.csv."""
+    torch.set_num_threads(1)
+    rows = []
+    print(f"{'size':12s}{'library':14s}{'step, s':>10s}{'loss':>10s}{'tokens/s':>10s}  same text")
+    for size, vocabulary, d_model, layers, shape in (("small", 65, 128, 4, (32, 128)),
+                                                     ("mamba-130m", 50280, 768, 24, (1, 256))):
+        torch.manual_seed(0)
+        model = MambaLM(vocabulary, d_model, layers)
+        tokens, text = torch.randint(vocabulary, (shape[0], shape[1] + 1)), None
+        for name, (module, logits, write) in peers(model).items():
+            write(tokens[0, :16], 64)    # scripts compile
+            start = time.perf_counter()
+            written = write(tokens[0, :16], 64)
+            speed, text = 64 / (time.perf_counter() - start), text or written
+            optimizer, seconds = torch.optim.AdamW(module.parameters(), lr=0.0), []
+            while len(seconds) < 3 and sum(seconds) < 10:          # the fastest, if there is time
+                start = time.perf_counter()
+                guess = logits(tokens[:, :-1]).flatten(0, 1)
+                loss = F.cross_entropy(guess, tokens[:, 1:].flatten())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                seconds.append(time.perf_counter() - start)
+            rows.append({"size": size, "library": name, "batch": shape[0], "length": shape[1],
+                         "step_seconds": f"{min(seconds):.2f}", "loss": f"{loss.item():.4f}",
+                         "tokens_per_second": f"{speed:.0f}", "same_text": written == text,
+                         "threads": 1, "device": f"cpu {platform.machine()}",
+                         "torch": torch.__version__, "command": "python block.py"})
+            print(f"{size:12s}{name:14s}{min(seconds):10.2f}{loss.item():10.4f}{speed:10.0f}  "
+                  f"{written == text}", flush=True)
+    try:
+        os.makedirs("results", exist_ok=True)
+        with open("results/peers.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        sys.exit(f"block.py: cannot write results/ here: {error}")
+    print("wrote results/peers.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -106,17 +106,17 @@ def diagonal_hippo(n):
     needs become powers of single numbers. HiPPO's A has no usable eigenbasis (its eigenvectors grow
     exponentially with n). But with P_k = √(k + 1/2), the matrix A + P Pᵀ is -1/2 times the identity
     plus S, and S is skew-symmetric (Sᵀ = -S), so it has orthonormal eigenvectors V and eigenvalues
-    ± iω. In that basis h' = (A + P Pᵀ) h + B x is n oscillators that fade alike: Λ = -1/2 ± iω. They
-    come in pairs that are complex conjugates of each other, so one of each pair is enough.
+    ± iω. In that basis h' = (A + P Pᵀ) h + B x is n oscillators that fade alike: Λ = -1/2 ± iω.
+    They come in pairs that are complex conjugates of each other, so one of each pair is enough.
 
-    That leaves P Pᵀ out. S4 keeps it, at the price of a Cauchy kernel and the Woodbury identity. DSS
-    found that models without it are as good; S4D gave the reason: with B/2, the response to a given
-    input tends to that of HiPPO as n grows. (The kernels themselves do not: Yu et al. 2023, arXiv
-    2310.01698.)
+    That leaves P Pᵀ out. S4 keeps it, at the price of a Cauchy kernel and the Woodbury identity.
+    DSS found that models without it are as good; S4D gave the reason: with B/2, the response to a
+    given input tends to that of HiPPO as n grows. (The kernels themselves do not: Yu et al. 2023,
+    arXiv 2310.01698.)
 
     S4 also drops the 1/t, so its clock does not stretch: the past fades instead of counting all the
-    same. Note that at n = 64 the fastest ω is about 1,300: with Δ = 0.1 that is 130 rad a token, far
-    more than the π that samples can resolve. Such modes do not act as oscillators.
+    same. At n = 64 the fastest ω is about 1,300: with Δ = 0.1 that is 130 rad a token, far more
+    than the π that samples can resolve. Such modes do not act as oscillators.
     Raises ValueError for an odd n.
     """
     if n % 2:

@@ -68,10 +68,10 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
 
     Shapes and ranges as in the glossary. Nothing here is clever: one can believe it by reading it.
     "zoh" (zero-order hold) takes x as constant during a step and solves h' = A h + B x exactly
-    (equation 4 of the paper): Ā = exp(ΔA), B̄ = ((exp(ΔA) - 1)/A) B. "euler" is what Mamba computes,
-    in training and in use: the same Ā, but B̄ = ΔB, the first term of that. The paper states ZOH
-    alone. The relative error of this B̄ is about |ΔA|/2 while |ΔA| is small; at A = -16, Δ = 0.1
-    it is too large by a factor of 2.
+    (equation 4 of the paper): Ā = exp(ΔA), B̄ = ((exp(ΔA) - 1)/A) B. "euler" is what Mamba
+    computes, in training and in use: the same Ā, but B̄ = ΔB, the first term of that. (The paper
+    states ZOH alone.) The relative error of this B̄ is about |ΔA|/2 while |ΔA| is small; at
+    A = -16, Δ = 0.1 it is too large by a factor of 2.
     """
     h = x.new_zeros(x.shape[0], *A.shape) if h0 is None else h0                # (b, d, n)
     ys = []
@@ -165,8 +165,8 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
     method           "sequential": one loop over l. "parallel": pieces side by side and a prefix
                      scan. "auto": parallel on an accelerator, and on a CPU if a time step is narrow
                      (b·d·n < 2^14) and the sequence has 64 tokens or more
-    discretization   "euler": B̄ = ΔB, what Mamba computes. "zoh": B̄ = ((exp(ΔA) - 1)/A) B, exact if
-                     x is constant during a step
+    discretization   "euler": B̄ = ΔB, what Mamba computes. "zoh": B̄ = ((exp(ΔA) - 1)/A) B, which
+                     is exact if x is constant during a step
     return_state     also return the state after the last token, (b, d, n): as h0 it goes on
 
     -> y (b, l, d) in x's dtype. The state is accumulated and returned in float32, or in float64 if
@@ -317,7 +317,7 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
     A_bars = torch.empty([keep, b, n, d], dtype=g.dtype, device=g.device).unbind(0)
     states = torch.empty([keep + 1, b, n, d], dtype=g.dtype, device=g.device)
     h = states.unbind(0)                                                       # (b, n, d)
-    # Transposed views of the same memory: they show whatever the loops write to the states and to g.
+    # Transposed views of the same memory: they show what the loops write to the states and to g.
     h_rows, g_rows = states.transpose(2, 3).unbind(0), g.transpose(1, 2)       # (b, d, n)
     kept_t = kept.unbind(0)
     for chunk in range(len(kept_t) - 1, -1, -1):
@@ -351,7 +351,7 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
 
 
 class _Scan(torch.autograd.Function):
-    """The scan in k pieces, with its gradient; k = 1 is the sequential scan, without any of `k > 1`.
+    """The scan in k pieces, with its gradient. k = 1 is the sequential scan: skip any `if k > 1`.
 
     It keeps its inputs, and every `keep`-th state. Inside, A is (n, d) and states are (b, n, d).
     """

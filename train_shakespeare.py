@@ -204,9 +204,10 @@ def train(recipe, text, device, path, resume):
 
         # The end of an epoch: save, evaluate the averaged weights, save, and let them write.
         save(path, recipe, text, modules, step, states, log, scores)
-        scores.append((stream_loss(average, text), block_losses(average, text, block).mean().item()))
+        stream = stream_loss(average, text)
+        blocks = block_losses(average, text, block).mean().item()
+        scores.append((stream, blocks))
         save(path, recipe, text, modules, step, states, log, scores)
-        stream, blocks = scores[-1]
         begin = encode("\n" if "\n" in text.vocabulary else text.vocabulary[0], text.vocabulary)
         sample = generate(average, begin.to(device), 200, temperature=0.8,
                           seed=seed_for(recipe["seed"], "sample", len(scores)))
@@ -267,10 +268,14 @@ def describe(device):
 
 
 # --------------------------------------------------------------------------------------------------
-# Files appear whole or not at all.
+# Files appear whole or not at all: a run that is killed, or a disk that is full, costs no file that
+# was there before.
 
 def write(path, make):
-    """Call make(a temporary path), then move what it wrote to path."""
+    """Call make(a temporary path), then move what it wrote to path. Ends with one line if it can't.
+
+    os.replace is atomic: whoever looks at path sees the old file or the new one.
+    """
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         make(path + ".part")
@@ -292,6 +297,7 @@ def write_rows(path, rows):
 
 
 def save(path, recipe, text, modules, step, states, log, scores):
+    """A checkpoint: all that `train` needs to go on, and that others need to rebuild the model."""
     state = {"recipe": recipe, "text": summary(text), "vocabulary": text.vocabulary, "step": step,
              "states": states and [list(state) for state in states], "log": log, "scores": scores,
              **{name: module.state_dict() for name, module in modules.items()}}
@@ -308,7 +314,7 @@ def read_checkpoint(path):
 
 
 def load(path, recipe, text, modules, device):
-    """Fill the modules from a checkpoint: -> step, states, log, scores, or one line and the end."""
+    """Fill the modules from a checkpoint: -> step, states, log, scores; or end with one line."""
     try:
         state = read_checkpoint(path)
         # A setting that is newer than the checkpoint is not in it, and does not matter.
@@ -340,6 +346,7 @@ def load_model(path, device):
 
 
 def first_line(error):
+    """What went wrong, in one line; the type of the error if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -347,6 +354,7 @@ def first_line(error):
 # The text: Shakespeare where it can be had, Python's help texts where not.
 
 class Text(NamedTuple):
+    """A text as tokens. Its vocabulary goes into the checkpoint, which can then be written from."""
     name: str                    # what every result carries
     vocabulary: str              # its characters; a token is a place in here
     train: torch.Tensor          # (N,) int64
@@ -508,7 +516,7 @@ def write_text(args, model, vocabulary, device):
 
 
 def benchmark(args, model, vocabulary, device):
-    """How fast `generate` is, and at the beginning and the end of a long text; and the plain way."""
+    """How fast `generate` is, also at the beginning and the end; the same for the plain way."""
     prompt, rows = encode(args.generate or vocabulary[0], vocabulary).to(device), []
     for way, count in ((generate, args.tokens), (generate_plainly, min(2000, args.tokens))):
         clock = [time.perf_counter()]
@@ -609,8 +617,8 @@ def main():
         text = Text(text.name + "-quick", text.vocabulary, text.train[:164000], text.valid[:16000])
     if len(text.train) <= args.batch * args.block or len(text.valid) <= args.block:
         sys.exit(f"train_shakespeare.py: {text.name} has {len(text.train)} characters for training "
-                 f"and {len(text.valid)} for validation: too few for a step of {args.batch} rows of "
-                 f"{args.block}. Use a smaller --batch and --block")
+                 f"and {len(text.valid)} for validation, too few for a step of {args.batch} rows "
+                 f"of {args.block}: use a smaller --batch and --block")
     text = text._replace(train=text.train.to(device), valid=text.valid.to(device))
 
     name, rows, runs = args.name or text.name.replace("-", "_"), [], []
@@ -630,7 +638,8 @@ def main():
         rows.append(result(settings, text, device, runs[-1]))
     if RANK == 0 and args.seeds:
         write_rows(f"results/{name}.csv", rows)
-        draw_loss(f"figures/{name}_loss.png", runs, recipe, text, f"{text.name}, seeds {args.seeds}")
+        draw_loss(f"figures/{name}_loss.png", runs, recipe, text,
+                  f"{text.name}, seeds {args.seeds}")
         print_table(rows)
     if PROCESSES > 1:
         dist.destroy_process_group()
