@@ -242,8 +242,7 @@ class PixelLM(nn.Module):
     def read(self, tokens, states=None):
         """The same, and what to go on from: how many tokens were read, and the blocks' states.
 
-        Raises ValueError for another shape, for more tokens than the image has pixels, and for a
-        token that is none.
+        Raises ValueError for another shape, and for more tokens than the image has pixels.
         """
         if tokens.ndim != 2:
             raise ValueError(f"PixelLM: tokens must have shape (b, l), got {tuple(tokens.shape)}")
@@ -252,8 +251,6 @@ class PixelLM(nn.Module):
         if place + l > height * width:
             raise ValueError(f"PixelLM: {place + l} tokens, and an image of {height}x{width} "
                              f"pixels takes {height * width}")
-        if ((tokens < 0) | (tokens > BEGIN)).any():
-            raise ValueError(f"PixelLM: tokens must be from 0 to {BEGIN}")
         position = along_axes(self.position, height, width)[place:place + l]   # (l, d_model)
         x, new = self.embedding(tokens) + position, []                         # (b, l, d_model)
         for block, state in zip(self.blocks, states, strict=True):
