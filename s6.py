@@ -211,7 +211,7 @@ def _pieces(x, n, method):
 
 
 def _short_pieces(l):
-    """For a GPU, where a call is a launch of some 5 µs, however wide it is: pieces of log₂ l tokens.
+    """For a GPU, where a call is a launch of some 5 µs, however wide: pieces of log₂ l tokens.
 
     A scan this small is nothing but launches: some 27 for each token of a piece, and 8 for each of
     the log₂ k rounds that join the pieces. Short pieces keep both few: `python s6.py` counts them.
@@ -632,10 +632,10 @@ def main():
                          "error": error, "threads": threads, "device": f"cpu {platform.machine()}",
                          "torch": torch.__version__, "command": "python s6.py"})
     print("\nerror: of y, largest over largest value, against the definition in float64\n\n"
-          f"{'calls, forward (and backward)':32s}{'sequential':>20s}{'in pieces, as on a GPU':>26s}")
+          f"{'calls, forward (and backward)':32s}{'sequential':>20s}{'cut as on a GPU':>20s}")
     for l in (49, 784, 2048, 16384, 65536):
         ways = ["{} ({})".format(*count_calls(l, k)) for k in (1, _short_pieces(l))]
-        print(f"length {l:<25d}{ways[0]:>20s}{ways[1]:>26s}")
+        print(f"length {l:<25d}{ways[0]:>20s}{ways[1]:>20s}")
     try:
         for folder in ("results", "figures"):
             os.makedirs(folder, exist_ok=True)

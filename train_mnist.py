@@ -276,7 +276,7 @@ def train(recipe, data, device, path, resume):
             log.append((loss, hits, before + time.perf_counter() - start))
             step += 1
             if step % 20 == 0 and sys.stdout.isatty():     # log files stay short
-                print("\r" + progress(recipe, log, steps_per_epoch, 100), end="  ", flush=True)
+                print("\r" + progress(log, steps, 100), end="  ", flush=True)
             if stopping or step % SAVE_EVERY == 0:
                 save(path, recipe, data, modules, step, log, scores)
             if stopping:
@@ -288,7 +288,7 @@ def train(recipe, data, device, path, resume):
         scores.append((nats, accuracy))
         save(path, recipe, data, modules, step, log, scores)
         print(("\r" if sys.stdout.isatty() else "")
-              + progress(recipe, log, steps_per_epoch, steps_per_epoch) + f"  test {nats:.4f} nats"
+              + f"  epoch {epoch + 1}" + progress(log, steps, steps_per_epoch) + f"  test {nats:.4f} nats"
               + (f" = {nats / math.log(2):.4f} bits per pixel" if recipe["task"] == "next-pixel"
                  else f", accuracy {accuracy:.2f} (not augmented)"), flush=True)
     return average, log, scores, parameters
@@ -309,16 +309,13 @@ def evaluate(model, recipe, data):
     return nats / count, 100 * right / count
 
 
-def progress(recipe, log, steps_per_epoch, window):
-    """One line: how far the training is, and means over the last steps, a window of them."""
-    part, (epoch, i) = log[-window:], divmod(len(log) - 1, steps_per_epoch)
-    seconds = part[-1][2] - (log[-window - 1][2] if len(log) > window else 0.0)
+def progress(log, steps, window):
+    """One line: how far the training is, and the means of the last steps, a window of them."""
+    part, seconds = log[-window:], log[-1][2]
     loss, right = (sum(row[i] for row in part) / len(part) for i in (0, 1))
-    left = round(seconds / len(part) * (recipe["epochs"] * steps_per_epoch - len(log)))
-    return (f"  epoch {epoch + 1}/{recipe['epochs']}  step {i + 1}/{steps_per_epoch}  loss "
-            f"{loss:.4f}  accuracy {100 * right:.2f}  "
-            f"{len(part) * recipe['batch'] / seconds:.0f} images/s  {log[-1][2]:.0f} s, "
-            f"{left // 60}:{left % 60:02d} left")
+    left = seconds / len(log) * (steps - len(log))
+    return (f"  step {len(log)}/{steps}  loss {loss:.4f}  accuracy {100 * right:.2f}  "
+            f"{seconds:.0f} s, {left:.0f} s left")
 
 
 def describe(device):
@@ -505,7 +502,11 @@ def synthetic_digits(train=20000, test=4000):
 
 
 def shrink(data, args):
-    """The data set that --holdout, --limit and --quick leave; its name says so."""
+    """The data set that --holdout, --limit and --quick leave; its name says so.
+
+    With --holdout N the last N training images take the place of the test images: settings that
+    were chosen on test images would make the test a part of the training.
+    """
     name, x, y, test_x, test_y, *rest = data
     if args.holdout:
         keep = max(len(x) - args.holdout, 0)
@@ -561,17 +562,20 @@ def shift_and_flip(images, padding=2):
 
 
 # --------------------------------------------------------------------------------------------------
-# Results: a row per run, a table, figures.
+# Results: a row per run, a table, figures. A row says which command made it, and on what machine; a
+# number in the README comes from such a row.
 
 def changed(name, recipe):
-    """What differs from the named recipe, as flags; but for settings that have a column."""
-    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in recipe.items()
-                    if value != RECIPES[name][key]
+    """What differs from the named recipe: "lr=0.001,fuse=concat". Without what has a column."""
+    return ",".join(f"{key}={value}" for key, value in recipe.items() if value != RECIPES[name][key]
                     and key not in ("model", "dataset", "seed", "epochs"))
 
 
 def result(name, recipe, data, device, run):
-    """The row of a finished run; printed as a RESULT line. The score is that of the last epoch."""
+    """The row of a finished run; printed as a RESULT line, which is easy to find with grep.
+
+    The score is that of the last epoch: to choose the best one would be to choose on test images.
+    """
     _, log, scores, parameters = run
     nats, accuracy = scores[-1]
     score = {"test_accuracy": f"{accuracy:.2f}"}
@@ -580,37 +584,44 @@ def result(name, recipe, data, device, run):
                  "test_bits_per_pixel": f"{nats / math.log(2):.4f}"}
     row = {"model": recipe["model"], "dataset": data.name, "seed": recipe["seed"],
            "params": parameters, "epochs": recipe["epochs"], **score,
-           "seconds": f"{log[-1][2]:.0f}", "recipe": f"{name} {changed(name, recipe)}".strip()}
+           "seconds": f"{log[-1][2]:.0f}", "recipe": f"{name}:{changed(name, recipe)}".strip(":")}
     print("RESULT " + " ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     return row | {"device": describe(device), "torch": torch.__version__,
                   "command": "python " + shlex.join(sys.argv)}
 
 
-def mean_sd(values, sign="", digits=2):
+def mean_sd(values, digits):
     """Mean ± standard deviation (n - 1), as text; of a single value, the value."""
     values = torch.tensor(values, dtype=torch.float64)
     spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.{digits}f}{spread}"
+    return f"{values.mean():.{digits}f}{spread}"
 
 
 def print_table(rows):
-    """The README's table: per model mean ± standard deviation; then the difference by seed."""
-    score = "test_bits_per_pixel" if "test_bits_per_pixel" in rows[0] else "test_accuracy"
+    """The README's table: a line per model, over its seeds; and a difference that has a meaning.
+
+    Both Mambas see the same images with one seed, so their difference is taken seed by seed.
+    """
+    score, digits = ("test_bits_per_pixel", 4) if "test_bits_per_pixel" in rows[0] else (
+        "test_accuracy", 2)
     print(f"\n| model | parameters | {score.replace('_', ' ')} | seconds |\n|---|---|---|---|")
     scores = {}
     for model in dict.fromkeys(row["model"] for row in rows):
         runs = [row for row in rows if row["model"] == model]
         scores[model] = [float(row[score]) for row in runs]
-        seconds = sum(float(row["seconds"]) for row in runs) / len(runs)
-        print(f"| {model} | {runs[0]['params']:,} | "
-              f"{mean_sd(scores[model], digits=4 if 'bits' in score else 2)} | {seconds:.0f} |")
+        print(f"| {model} | {runs[0]['params']:,} | {mean_sd(scores[model], digits)} | "
+              f"{mean_sd([float(row['seconds']) for row in runs], 0)} |")
     if {"bidirectional", "causal"} <= set(scores):
         differences = [a - b for a, b in zip(scores["bidirectional"], scores["causal"])]
-        print(f"\nbidirectional minus causal, seed by seed: {mean_sd(differences, '+')}")
+        print(f"\nbidirectional minus causal, seed by seed: {mean_sd(differences, 2)}")
 
 
 def draw_runs(path, runs, recipe, title):
-    """Training loss over steps and seconds, test score over epochs; runs {model: [a run, …]}."""
+    """Training loss over steps and over seconds, and the test score over epochs.
+
+    runs    {model: what `train` returned for each seed}. A line is the mean over seeds, the band
+            goes from the lowest to the highest; on the right there is a line per seed
+    """
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     axes[1].sharey(axes[0])
     for model, color in ((model, MODELS[model]) for model in runs):
@@ -638,7 +649,10 @@ def draw_runs(path, runs, recipe, title):
 
 
 def draw_completions(path, runs, data):
-    """Ten test digits, their upper halves, and how each model goes on from there, three times."""
+    """Ten test digits, their upper halves, and how each model goes on from there, three times.
+
+    A model that has learned strokes, and not only greys, goes on with the digit that was begun.
+    """
     images, (height, width) = data.test_images[:10].flatten(1).long(), data.test_images.shape[2:]
     half = width * (height // 2)
     rows = {"the digit": images, "what is given": images[:, :half]}
@@ -663,7 +677,11 @@ def draw_completions(path, runs, data):
 # The command line.
 
 def parse(arguments):
-    """-> all flags, and the recipe: the settings that were named, with what the flags change."""
+    """-> all flags, and the recipe: the one that was named, with what the flags change.
+
+    Each setting of the recipe becomes a flag of the same type, with its value as the default. So
+    the flags of one recipe are not those of another: next-pixel has no --stem.
+    """
     name = arguments[0] if arguments and arguments[0] in RECIPES else next(iter(RECIPES))
     p = argparse.ArgumentParser(
         usage="train_mnist.py [recipe] [--flag value ...]    (--help lists them)",
@@ -712,6 +730,7 @@ def parse(arguments):
 
 
 def main():
+    """One run; or, with --compare, one for each model and seed, then their table and figures."""
     args, recipe = parse(sys.argv[1:])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from torch.nn.parallel import DistributedDataParallel
 
-from block import MambaLM, State, generate, generate_plainly, parameter_groups
+from block import MambaLM, State, generate, parameter_groups
 
 matplotlib.use("Agg")            # figures are files: no window is opened
 
@@ -64,8 +64,7 @@ RECIPE = dict(
     layers=4,
 )
 
-URLS = ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt"]
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -196,7 +195,7 @@ def train(recipe, text, device, path, resume):
             log.append((loss, hits, before + time.perf_counter() - start))
             step += 1
             if step % 20 == 0 and sys.stdout.isatty():     # log files stay short
-                print("\r" + progress(recipe, log, steps_per_epoch, 100), end="  ", flush=True)
+                print("\r" + progress(log, steps, 100), end="  ", flush=True)
             if stopping and PROCESSES == 1:
                 save(path, recipe, text, modules, step, states, log, scores)
             if stopping:
@@ -213,7 +212,7 @@ def train(recipe, text, device, path, resume):
                           seed=seed_for(recipe["seed"], "sample", len(scores)))
         sample = "".join(text.vocabulary[token] for token in sample).strip()
         print(("\r" if sys.stdout.isatty() else "")
-              + progress(recipe, log, steps_per_epoch, steps_per_epoch) + "\n    validation "
+              + f"  epoch {epoch + 1}" + progress(log, steps, steps_per_epoch) + "\n    validation "
               f"{stream:.4f} nats = {stream / math.log(2):.4f} bits streaming, {blocks:.4f} nats = "
               f"{blocks / math.log(2):.4f} bits in blocks\n      | "
               + sample.replace("\n", "\n      | "), flush=True)
@@ -222,7 +221,10 @@ def train(recipe, text, device, path, resume):
 
 @torch.no_grad()
 def stream_loss(model, text, piece=4096):
-    """The whole validation text, read once, the state carried from piece to piece: -> nats."""
+    """The whole validation text, read once from end to end: -> nats per character.
+
+    The state is carried from piece to piece, so their size changes nothing but the memory needed.
+    """
     total, states, tokens = 0.0, None, text.valid
     for x, y in zip(tokens[:-1].split(piece), tokens[1:].split(piece)):
         if STOP and PROCESSES == 1:      # several processes stop together, at the next step
@@ -234,7 +236,10 @@ def stream_loss(model, text, piece=4096):
 
 @torch.no_grad()
 def block_losses(model, text, block):
-    """The same in blocks that are read on their own: -> the loss of each character, (N - 1,)."""
+    """The same in blocks that are read on their own: -> the loss of each character, (N - 1,).
+
+    What a Transformer with a context of so many characters would be asked.
+    """
     x, y, losses = text.valid[:-1], text.valid[1:], []
     even = len(x) // block * block
     batches = list(zip(x[:even].view(-1, block).split(64), y[:even].view(-1, block).split(64)))
@@ -248,16 +253,13 @@ def block_losses(model, text, block):
     return torch.cat(losses)
 
 
-def progress(recipe, log, steps_per_epoch, window):
-    """One line: how far the training is, and means over the last steps, a window of them."""
-    part, (epoch, i) = log[-window:], divmod(len(log) - 1, steps_per_epoch)
-    seconds = part[-1][2] - (log[-window - 1][2] if len(log) > window else 0.0)
+def progress(log, steps, window):
+    """One line: how far the training is, and the means of the last steps, a window of them."""
+    part, seconds = log[-window:], log[-1][2]
     loss, right = (sum(row[i] for row in part) / len(part) for i in (0, 1))
-    left = round(seconds / len(part) * (recipe["epochs"] * steps_per_epoch - len(log)))
-    speed = len(part) * recipe["batch"] * recipe["block"] / seconds
-    return (f"  epoch {epoch + 1}/{recipe['epochs']}  step {i + 1}/{steps_per_epoch}  loss "
-            f"{loss:.4f}  accuracy {100 * right:.2f}  {speed:.0f} characters/s  {log[-1][2]:.0f} s,"
-            f" {left // 60}:{left % 60:02d} left")
+    left = seconds / len(log) * (steps - len(log))
+    return (f"  step {len(log)}/{steps}  loss {loss:.4f}  accuracy {100 * right:.2f}  "
+            f"{seconds:.0f} s, {left:.0f} s left")
 
 
 def describe(device):
@@ -379,10 +381,11 @@ def encode(string, vocabulary):
 
 def as_text(name, string):
     """The first 90 % for training and the last 10 % for validation: -> Text."""
-    codes = torch.tensor(list(string.encode("utf-32-le"))).view(-1, 4)         # 4 bytes each
-    codes, tokens = (codes @ 256 ** torch.arange(4)).unique(return_inverse=True)
+    vocabulary = "".join(sorted(set(string)))
+    place = {character: i for i, character in enumerate(vocabulary)}
+    tokens = torch.tensor([place[character] for character in string], dtype=torch.int64)
     cut = len(tokens) * 9 // 10
-    return Text(name, "".join(map(chr, codes.tolist())), tokens[:cut], tokens[cut:])
+    return Text(name, vocabulary, tokens[:cut], tokens[cut:])
 
 
 def load_text(data_dir, source="auto", path=None):
@@ -391,36 +394,31 @@ def load_text(data_dir, source="auto", path=None):
     source    "auto": Python's help texts if it cannot be had; "real" and "synthetic" insist
     Ends with one line if a file is missing, damaged or no UTF-8, or if "real" cannot be had.
     """
-    if path is None and source == "synthetic":
+    if path is not None:
+        name, digest = "text-" + os.path.splitext(os.path.basename(path))[0], None
+    elif source == "synthetic":
         return help_texts()
-    own, path = path is not None, path or os.path.join(data_dir, "tinyshakespeare.txt")
-    problem = "no such file"
-    if not own and not os.path.exists(path):
-        socket.setdefaulttimeout(10)     # a download that stalls is given up
-        for url in URLS:
-            try:                         # it verifies the file before it moves it to its place
-                os.makedirs(data_dir, exist_ok=True)
-                torch.hub.download_url_to_file(url, path, SHA256, progress=False)
-                break
-            except Exception as error:   # no network, a broken download, an unwritable folder
-                problem = f"not there, and no download ({first_line(error)})"
-        else:
-            if source == "auto":
-                print(f"{'!' * 100}\n{path}: {problem}.\nTraining on SYNTHETIC data instead, the "
-                      f"help texts of Python: results say nothing about Shakespeare.\n{'!' * 100}",
-                      flush=True)
-                return help_texts()
+    else:
+        name, digest, path = "shakespeare", SHA256, os.path.join(data_dir, "tinyshakespeare.txt")
     try:
+        if digest and not os.path.exists(path):
+            socket.setdefaulttimeout(10)           # a download that stalls is given up
+            os.makedirs(data_dir, exist_ok=True)
+            torch.hub.download_url_to_file(URL, path, digest, progress=False)      # verifies it
         with open(path, encoding="utf-8") as file:
             string = file.read()
-        if not own and hashlib.sha256(string.encode()).hexdigest() != SHA256:
-            raise ValueError("damaged: delete it")
-    except (OSError, ValueError) as error:         # UnicodeDecodeError is a ValueError
-        problem = first_line(error) if os.path.exists(path) else problem
-        sys.exit(f"train_shakespeare.py: cannot read {path}: {problem}. Give a UTF-8 text by "
-                 f"--text, connect to the network, or use --data synthetic")
-    name = f"text-{os.path.splitext(os.path.basename(path))[0]}" if own else "shakespeare"
-    return as_text(name, string)
+        if digest and hashlib.sha256(string.encode()).hexdigest() != digest:
+            raise ValueError("this is not the published text: delete it")
+        return as_text(name, string)
+    except Exception as error:           # no network, a broken download, no file, no UTF-8
+        problem = f"cannot read or download {path} ({first_line(error)})"
+        # A file that is damaged is an accident that should be noticed: nothing stands in for it.
+        if digest is None or source == "real" or os.path.exists(path):
+            sys.exit(f"train_shakespeare.py: {problem}: connect to the network, give a UTF-8 text "
+                     f"by --text, or use --data synthetic")
+        print(f"{'!' * 100}\n{problem}.\nTraining on SYNTHETIC data instead, the help texts of "
+              f"Python: results say nothing about Shakespeare.\n{'!' * 100}", flush=True)
+        return help_texts()
 
 
 def help_texts():
@@ -430,23 +428,27 @@ def help_texts():
 
 
 # --------------------------------------------------------------------------------------------------
-# Results: a row per run, a table, a figure.
+# Results: a row per run, a table, a figure. A row says which command made it, and on what machine;
+# a number in the README comes from such a row.
 
 def changed(recipe):
-    """The settings that differ from RECIPE, as flags, but for those that have a column."""
-    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in recipe.items()
+    """What differs from RECIPE: "lr=0.001,layers=2". Without what has a column."""
+    return ",".join(f"{key}={value}" for key, value in recipe.items()
                     if value != RECIPE[key] and key not in ("seed", "epochs"))
 
 
 def result(recipe, text, device, run):
-    """The row of a finished run; printed as a RESULT line. The losses are those of the end."""
+    """The row of a finished run; printed as a RESULT line, which is easy to find with grep.
+
+    The losses are those of the last epoch, not of the best one.
+    """
     _, log, scores, parameters = run
     (stream, blocks), bit = scores[-1], math.log(2)
     row = {"dataset": text.name, "seed": recipe["seed"], "params": parameters,
            "epochs": recipe["epochs"], "val_loss_stream": f"{stream:.4f}",
            "val_loss_block": f"{blocks:.4f}", "val_bits_stream": f"{stream / bit:.4f}",
            "val_bits_block": f"{blocks / bit:.4f}", "seconds": f"{log[-1][2]:.0f}",
-           "recipe": f"shakespeare {changed(recipe)}".strip()}
+           "recipe": f"shakespeare:{changed(recipe)}".strip(":")}
     print("RESULT " + " ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     return row | {"device": describe(device), "torch": torch.__version__,
                   "command": "python " + shlex.join(sys.argv)}
@@ -465,7 +467,12 @@ def print_table(rows):
 
 
 def draw_loss(path, runs, recipe, text, title):
-    """Losses over characters read; and in blocks, over the characters that it has seen of one."""
+    """Left: losses over characters read. Right: losses over the place in a block.
+
+    At the first character of a block the model knows nothing but that character; further on it
+    knows the block so far. Where the right curve meets the line of the streaming loss, more memory
+    does not help any more.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     gray, red, blue, block = "#7f7f7f", "#d62728", "#1f77b4", recipe["block"]
     per_step, seen = recipe["batch"] * block / 1e6, []
@@ -504,7 +511,10 @@ def draw_loss(path, runs, recipe, text, title):
 # Writing.
 
 def write_text(args, model, vocabulary, device):
-    """Continue a prompt on stdout, as it comes; at the end, say on stderr how fast it came."""
+    """Continue a prompt on stdout, as it comes; at the end, say on stderr how fast it came.
+
+    The speed does not depend on how much is written: try --tokens 100000.
+    """
     prompt = encode(args.generate, vocabulary).to(device)
     print(args.generate, end="", flush=True)
     start = time.perf_counter()
@@ -515,29 +525,14 @@ def write_text(args, model, vocabulary, device):
     print(f"\n\n{args.tokens:,} characters, {speed:,.0f} per second", file=sys.stderr)
 
 
-def benchmark(args, model, vocabulary, device):
-    """How fast `generate` is, also at the beginning and the end; the same for the plain way."""
-    prompt, rows = encode(args.generate or vocabulary[0], vocabulary).to(device), []
-    for way, count in ((generate, args.tokens), (generate_plainly, min(2000, args.tokens))):
-        clock = [time.perf_counter()]
-        for _ in way(model, prompt, count):
-            clock.append(time.perf_counter())
-        few = min(1000, count)
-        row = {"way": way.__name__, "params": sum(p.numel() for p in model.parameters()),
-               "characters": count, "per_second": f"{count / (clock[-1] - clock[0]):.0f}",
-               "first_1000_per_second": f"{few / (clock[few] - clock[0]):.0f}",
-               "last_1000_per_second": f"{few / (clock[-1] - clock[-1 - few]):.0f}"}
-        print("RESULT " + " ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-        rows.append(row | {"device": describe(device), "torch": torch.__version__,
-                           "command": "python " + shlex.join(sys.argv)})
-    write_rows("results/generation.csv", rows)
-
-
 # --------------------------------------------------------------------------------------------------
 # The command line.
 
 def parse(arguments):
-    """-> all flags, and the recipe: the settings, with what the flags change."""
+    """-> all flags, and the recipe: the settings, with what the flags change.
+
+    Each setting of RECIPE becomes a flag of the same type, with its value as the default.
+    """
     p = argparse.ArgumentParser(
         usage="train_shakespeare.py [--flag value ...]    (--help lists them)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -558,7 +553,6 @@ def parse(arguments):
         help="1: as the model has it; 0: always the most likely; default %(default)s")
     add("--top-k", type=int, help="draw among so many characters only, default all")
     add("--checkpoint", help="to write from; default: that of the text and seed 0")
-    add("--benchmark", action="store_true", help="measure the speed of writing --tokens characters")
     add("--data", choices=["auto", "real", "synthetic"], default="auto",
         help="auto: Python's help texts if TinyShakespeare cannot be had; default %(default)s")
     add("--data-dir", default="data", help="default %(default)s")
@@ -579,6 +573,7 @@ def parse(arguments):
 
 
 def main():
+    """Write a text; or train one model; or, with --seeds, several: then a table and a figure."""
     args, recipe = parse(sys.argv[1:])
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
     device = torch.device("cpu" if device == "auto" else device)
@@ -589,7 +584,7 @@ def main():
     except Exception:                    # its kind depends on how torch was built
         sys.exit(f"train_shakespeare.py: there is no device {device} here: use --device cpu")
 
-    if args.generate is not None or args.benchmark:
+    if args.generate is not None:
         torch.set_num_threads(1)         # products this small gain nothing from a second thread
         if hasattr(signal, "SIGPIPE"):   # `| head` has seen enough: end without a traceback
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -598,7 +593,7 @@ def main():
         quick = "_quick" if args.quick else ""
         paths = [os.path.join(args.out, f"{args.name or name + quick}-seed0.pt") for name in names]
         path = args.checkpoint or next(filter(os.path.exists, paths), paths[0])
-        (benchmark if args.benchmark else write_text)(args, *load_model(path, device), device)
+        write_text(args, *load_model(path, device), device)
         return
 
     for number in (signal.SIGINT, signal.SIGTERM):
