@@ -289,8 +289,8 @@ def compare_modes():
 
 def signal(l):
     """Something to remember: a sum of eight waves, 1 to 8 over the length, (l,)."""
-    random, time = np.random.default_rng(0), np.linspace(0, 1, l)
-    return sum(random.normal() * np.cos(2 * np.pi * (wave * time + random.random()))
+    random, place = np.random.default_rng(0), np.linspace(0, 1, l)
+    return sum(random.normal() * np.cos(2 * np.pi * (wave * place + random.random()))
                for wave in range(1, 9))
 
 

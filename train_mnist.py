@@ -50,6 +50,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from matplotlib import pyplot as plt
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from block import MambaBlock, parameter_groups
@@ -57,11 +58,13 @@ from rnn import RNN, S4Block, S4Stack
 from vision import BEGIN, ImageClassifier, PixelLM, VisionMamba, complete
 
 matplotlib.use("Agg")            # figures are files: no window is opened
+# The models, and their colours in the figures.
 MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c", "rnn": "#7f7f7f"}
 
 
 # --------------------------------------------------------------------------------------------------
 # The recipes. Each value is also a flag: a value added here is a flag, and is in every checkpoint.
+# (next-pixel is not made from mnist, and needs it too. The limits of numbers stand in `parse`.)
 
 RECIPES = {}
 RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held out: --holdout 5000
@@ -120,7 +123,8 @@ TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"
 def build(recipe, data):
     """The model of a recipe, for images like those of the data. Raises ValueError if that can't be.
 
-    Another model is another `if`: a body reads tokens, (b, l, d_model) -> (b, l, width).
+    Another model is another `if`: its body is a module that reads tokens, (b, l, d_model), and
+    returns (b, l, width). See that it has as many parameters as the others.
     """
     model, d_model, layers = recipe["model"], recipe["d_model"], recipe["layers"]
     channels, *size = data.train_images.shape[1:]
@@ -166,9 +170,9 @@ def seed_for(seed, what, number=0):
 
 def learning_rate(step, steps, peak):
     """A line from 0 to peak over the first tenth of the steps, then a cosine to 0."""
-    progress = (step + 1) / steps
-    fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.1) / 0.9)))
-    return peak * min(progress / 0.1, fall)
+    part = (step + 1) / steps
+    fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (part - 0.1) / 0.9)))
+    return peak * min(part / 0.1, fall)
 
 
 def prepare(recipe, data, images, labels):
@@ -197,8 +201,16 @@ def batch(recipe, data, step):
     return prepare(recipe, data, images, data.train_labels[index])
 
 
+class Run(NamedTuple):
+    """A finished training."""
+    average: torch.nn.Module     # the averaged weights
+    log: list                    # of each step: loss, fraction right, seconds of training so far
+    scores: list                 # of each epoch: nats, percent right of the test images
+    parameters: int
+
+
 def train(recipe, data, device, path, resume):
-    """Train one model, saving to path: -> averaged weights, log, scores, number of parameters.
+    """Train one model, saving to path: -> Run.
 
     Every random draw is a function of (seed, step). So the step is all that a checkpoint must say
     about randomness, and a run that was stopped goes on to the weights that it would have had.
@@ -208,17 +220,17 @@ def train(recipe, data, device, path, resume):
     torch.manual_seed(seed_for(recipe["seed"], "weights"))
     try:
         model = build(recipe, data).to(device)
-    except ValueError as error:
-        sys.exit(f"train_mnist.py: {error}")
+    except (ValueError, RuntimeError) as error:    # RuntimeError: too large for the memory
+        sys.exit(f"train_mnist.py: no such model: {first_line(error)}")
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe["weight_decay"]),
                                   lr=recipe["lr"], betas=(0.9, 0.95))
     modules = {"model": model, "average": average, "optimizer": optimizer}
-    # Of each step: (loss, fraction right, seconds of training so far). Of each epoch: (nats,
-    # percent right) of the test images.
-    step, log, scores = 0, [], []
+    step, log, scores = 0, [], []        # see Run
     if resume:
         step, log, scores = load(path, recipe, data, modules)
+    else:
+        set_aside(path)
     save(path, recipe, data, modules, step, log, scores)   # a folder that cannot be written: now,
     net = DistributedDataParallel(model) if PROCESSES > 1 else model       # and not in an hour
     parameters = sum(p.numel() for p in model.parameters())
@@ -233,7 +245,8 @@ def train(recipe, data, device, path, resume):
             start = time.perf_counter()
 
             # This step's learning rate, and its seed: whatever is drawn from here on in this step
-            # (warps; a dropout, if you add one) is a function of (seed, step).
+            # (warps; a dropout, if you add one) is a function of (seed, step). Under torchrun all
+            # processes draw the same, for the whole batch.
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, recipe["lr"])
             torch.manual_seed(seed_for(recipe["seed"], "warp", step))
@@ -241,7 +254,8 @@ def train(recipe, data, device, path, resume):
             # The batch; under torchrun each process takes its share of it.
             inputs, targets = (t.chunk(PROCESSES)[RANK] for t in batch(recipe, data, step))
 
-            # Forward. Of a PixelLM, each pixel of an image is a guess like any other.
+            # Forward: logits (b, classes); or (b, h·w, 256) of next-pixel, where each pixel of each
+            # image is a guess like any other: (b · h·w, 256).
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe["bf16"]):
                 logits = net(inputs)
             logits, targets = logits.float().flatten(0, -2), targets.flatten()
@@ -253,7 +267,8 @@ def train(recipe, data, device, path, resume):
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
-            # What to log, and whether to stop: a mean over processes, so that all of them agree.
+            # What to log, and whether anybody asked to stop. Under torchrun all of that is averaged
+            # over the processes, so that they agree and stop after the same step.
             hits = (logits.detach().argmax(1) == targets).float().mean()
             seen = torch.stack([loss.detach(), hits, torch.full_like(hits, len(STOP))])
             if PROCESSES > 1:
@@ -263,8 +278,8 @@ def train(recipe, data, device, path, resume):
                 sys.exit(f"train_mnist.py: loss {loss:.3g}, gradient {norm:.3g} at step {step + 1}"
                          f": not finite. Start again with a smaller --lr")
 
-            # The update; then the average of the weights: over the last ninth of the steps so far,
-            # but never much further back than 1 / (1 - decay) steps.
+            # The update; then the average of the weights. Its decay begins as about 1 - 9/step, so it
+            # spans the last ninth of the steps; later it spans some 1 / (1 - average) of them.
             optimizer.step()
             decay = min(recipe["average"], (1 + step) / (10 + step))
             with torch.no_grad():
@@ -287,11 +302,12 @@ def train(recipe, data, device, path, resume):
         nats, accuracy = evaluate(average, recipe, data)
         scores.append((nats, accuracy))
         save(path, recipe, data, modules, step, log, scores)
-        print(("\r" if sys.stdout.isatty() else "")
-              + f"  epoch {epoch + 1}" + progress(log, steps, steps_per_epoch) + f"  test {nats:.4f} nats"
-              + (f" = {nats / math.log(2):.4f} bits per pixel" if recipe["task"] == "next-pixel"
-                 else f", accuracy {accuracy:.2f} (not augmented)"), flush=True)
-    return average, log, scores, parameters
+        test = f"test {nats:.4f} nats, accuracy {accuracy:.2f} (not augmented)"
+        if recipe["task"] == "next-pixel":
+            test = f"test {nats:.4f} nats = {nats / math.log(2):.4f} bits per pixel"
+        print("\r" if sys.stdout.isatty() else "", f"epoch {epoch + 1}",
+              progress(log, steps, steps_per_epoch), test, flush=True)
+    return Run(average, log, scores, parameters)
 
 
 @torch.no_grad()
@@ -340,7 +356,15 @@ def write(path, make):
         os.replace(path + ".part", path)
     except (OSError, RuntimeError) as error:       # torch.save calls a full disk a RuntimeError
         sys.exit(f"train_mnist.py: cannot write {path} ({first_line(error)}): is the disk full, or "
-                 f"the folder read-only? What was there before is untouched")
+                 f"the folder read-only? Another --out helps. What was there before is untouched")
+
+
+def set_aside(path):
+    """Rename what is at path: whoever forgets --resume, or a --name, loses nothing."""
+    if RANK == 0 and os.path.exists(path):
+        old = next(old for i in itertools.count(1) if not os.path.exists(old := f"{path}.old{i}"))
+        os.replace(path, old)
+        print(f"an earlier {path} was there, and is now {old}")
 
 
 def save(path, recipe, data, modules, step, log, scores):
@@ -358,16 +382,17 @@ def load(path, recipe, data, modules):
             if archive.testzip():
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)    # runs no code
-        # A setting that is newer than the checkpoint is not in it, and does not matter.
-        theirs, ours = {**state["recipe"], "data": state["data"]}, {**recipe, "data": summary(data)}
-        if other := [key for key in theirs if key in ours and theirs[key] != ours[key]]:
-            raise ValueError(f"made with {other[0]} {theirs[other[0]]}, not {ours[other[0]]}")
+        # A setting that is newer than the checkpoint is not in it: it had its default then.
+        theirs = RECIPES[recipe["recipe"]] | state["recipe"] | {"data": state["data"]}
+        ours = recipe | {"data": summary(data)}
+        if other := [key for key in ours if theirs.get(key) != ours[key]]:
+            raise ValueError(f"made with {other[0]} {theirs.get(other[0])}, not {ours[other[0]]}")
         for name, module in modules.items():
             module.load_state_dict(state[name])
         return state["step"], state["log"], state["scores"]
     except Exception as error:           # no such file, or what zipfile and torch make of damage
-        sys.exit(f"train_mnist.py: cannot go on from {path} ({first_line(error)}): use the "
-                 f"settings that made it, or start without --resume")
+        sys.exit(f"train_mnist.py: cannot go on from {path} ({first_line(error)}): start without "
+                 f"--resume, or use the settings that made it")
 
 
 def first_line(error):
@@ -420,7 +445,9 @@ def load_data(dataset, source, data_dir, size):
               be; "real" and "synthetic" insist
     size      the images of a folder are resized to size × size; 0: as they are
     """
-    if source == "synthetic" and dataset == "mnist":
+    if source == "synthetic":
+        if dataset != "mnist":
+            sys.exit(f"train_mnist.py: --data synthetic stands in for mnist alone, not {dataset}")
         return synthetic_digits()
     if dataset not in TORCHVISION:
         return load_folder(dataset, size)
@@ -431,6 +458,7 @@ def load_data(dataset, source, data_dir, size):
             images = torch.as_tensor(part.data)    # (N, h, w), or (N, h, w, c)
             images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
             tensors += [images.contiguous(), torch.as_tensor(part.targets)]
+            classes = len(part.classes)
         digest = hashlib.md5(b"".join(t.numpy().tobytes() for t in tensors), usedforsecurity=False)
         if dataset == "mnist" and digest.hexdigest() != MNIST_MD5:
             raise ValueError("these are not the published images")
@@ -439,12 +467,12 @@ def load_data(dataset, source, data_dir, size):
         # Damaged files are an accident that should be noticed: nothing stands in for them.
         there = os.path.exists(os.path.join(data_dir, "MNIST", "raw", "train-images-idx3-ubyte"))
         if dataset != "mnist" or source == "real" or there:
-            sys.exit(f"train_mnist.py: {problem}: delete what is damaged, connect to the network, "
-                     f"or use --data synthetic (digits) or --dataset FOLDER (own images)")
+            sys.exit(f"train_mnist.py: {problem}: delete what is damaged, and connect to the "
+                     f"network, or use --dataset FOLDER (own images), or mnist --data synthetic")
         print(f"{'!' * 100}\n{problem}.\nTraining on SYNTHETIC digits instead: results say nothing "
               f"about MNIST.\n{'!' * 100}", flush=True)
         return synthetic_digits()
-    return as_data(dataset, *tensors, len(part.classes))
+    return as_data(dataset, *tensors, classes)
 
 
 def load_folder(folder, size):
@@ -453,19 +481,27 @@ def load_folder(folder, size):
     Called after the folder. CIFAR-10-images is the usual name of a JPEG copy of CIFAR-10, whose
     results are called cifar10-jpeg: what JPEG has lost, they have lost too.
     """
-    def read(image):
-        image = image.resize((size, size)) if size else image
-        return torchvision.transforms.functional.pil_to_tensor(image)          # (3, h, w) uint8
+    def read(path):                      # -> (3, h, w) uint8
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):
+                raise ValueError(f"{path} has 16 bits per pixel: convert it to 8")
+            image = image.resize((size, size)) if size else image
+            tensor = torchvision.transforms.functional.pil_to_tensor(image.convert("RGB"))
+        if shapes.setdefault("first", tensor.shape) != tensor.shape:
+            raise ValueError(f"{path} has another size than the first image")
+        return tensor
 
+    shapes = {}
     try:
-        parts = [torchvision.datasets.ImageFolder(os.path.join(folder, part), read)
+        parts = [torchvision.datasets.ImageFolder(os.path.join(folder, part), loader=read)
                  for part in ("train", "test")]
-        if parts[0].classes != parts[1].classes:
-            raise ValueError("train and test have different classes")
+        if parts[0].classes != parts[1].classes or len(parts[0].classes) < 2:
+            raise ValueError("train and test need the same classes, two or more")
         x, test_x = (torch.stack([image for image, _ in part]) for part in parts)
-    except Exception as error:           # no folder, no image, other sizes: what PIL and torch say
-        sys.exit(f"train_mnist.py: cannot read images from {folder} ({first_line(error)}): it must "
-                 f"hold train/<class>/* and test/<class>/*, all of one size, or give a --size")
+    except Exception as error:           # no folder, no image, damaged: what PIL and torch say
+        sys.exit(f"train_mnist.py: cannot read images from {folder} ({first_line(error)}). A data "
+                 f"set is one of {', '.join(TORCHVISION)}, or a folder that holds train/<class>/* "
+                 f"and test/<class>/*, all of one size unless a --size is given")
     if all((images == images[:, :1]).all() for images in (x, test_x)):     # grey, in three channels
         x, test_x = x[:, :1], test_x[:, :1]
     y, test_y = (torch.tensor(part.targets) for part in parts)
@@ -519,7 +555,7 @@ def shrink(data, args):
         test_x, test_y = test_x[:1000 * count // 6400], test_y[:1000 * count // 6400]
     if len(x) < args.batch or len(test_x) == 0:
         sys.exit(f"train_mnist.py: {len(x)} training and {len(test_x)} test images are left, and "
-                 f"a batch takes {args.batch}")
+                 f"a batch takes {args.batch}: use a smaller --batch, --limit or --holdout")
     return Data(name, x, y, test_x, test_y, *rest)
 
 
@@ -565,26 +601,27 @@ def shift_and_flip(images, padding=2):
 # Results: a row per run, a table, figures. A row says which command made it, and on what machine; a
 # number in the README comes from such a row.
 
-def changed(name, recipe):
-    """What differs from the named recipe: "lr=0.001,fuse=concat". Without what has a column."""
-    return ",".join(f"{key}={value}" for key, value in recipe.items() if value != RECIPES[name][key]
-                    and key not in ("model", "dataset", "seed", "epochs"))
+def changed(recipe):
+    """What differs from the recipe of that name: "lr=0.001,fuse=concat". Without model and seed."""
+    defaults = RECIPES[recipe["recipe"]] | {"recipe": recipe["recipe"]}
+    return ",".join(f"{key}={value}" for key, value in recipe.items()
+                    if value != defaults[key] and key not in ("model", "dataset", "seed"))
 
 
-def result(name, recipe, data, device, run):
+def result(recipe, data, device, run):
     """The row of a finished run; printed as a RESULT line, which is easy to find with grep.
 
     The score is that of the last epoch: to choose the best one would be to choose on test images.
     """
-    _, log, scores, parameters = run
-    nats, accuracy = scores[-1]
+    nats, accuracy = run.scores[-1]
     score = {"test_accuracy": f"{accuracy:.2f}"}
     if recipe["task"] == "next-pixel":
         score = {"test_nats_per_pixel": f"{nats:.4f}",
                  "test_bits_per_pixel": f"{nats / math.log(2):.4f}"}
     row = {"model": recipe["model"], "dataset": data.name, "seed": recipe["seed"],
-           "params": parameters, "epochs": recipe["epochs"], **score,
-           "seconds": f"{log[-1][2]:.0f}", "recipe": f"{name}:{changed(name, recipe)}".strip(":")}
+           "params": run.parameters, "epochs": recipe["epochs"], **score,
+           "seconds": f"{run.log[-1][2]:.0f}",
+           "recipe": f"{recipe['recipe']}:{changed(recipe)}".strip(":")}
     print("RESULT " + " ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     return row | {"device": describe(device), "torch": torch.__version__,
                   "command": "python " + shlex.join(sys.argv)}
@@ -624,18 +661,19 @@ def draw_runs(path, runs, recipe, title):
     """
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     axes[1].sharey(axes[0])
-    for model, color in ((model, MODELS[model]) for model in runs):
-        log = torch.stack([torch.tensor(run[1]) for run in runs[model]])       # (seeds, steps, 3)
+    for model in runs:
+        color = MODELS[model]
+        log = torch.stack([torch.tensor(run.log) for run in runs[model]])      # (seeds, steps, 3)
         width = max(1, min(100, log.shape[1] // 10))       # steps that a point is the mean of
         losses = log[..., 0].unfold(1, width, width).mean(-1)                  # (seeds, points)
         steps = width * torch.arange(1, losses.shape[1] + 1)
         for ax, x in zip(axes, (steps, log[:, steps - 1, 2].mean(0))):
             ax.plot(x, losses.mean(0), color=color, label=model)
             ax.fill_between(x, losses.amin(0), losses.amax(0), color=color, alpha=0.2, linewidth=0)
-        for _, _, scores, _ in runs[model]:
-            bits = [nats / math.log(2) for nats, _ in scores]
-            axes[2].plot(range(1, len(scores) + 1), bits if recipe["task"] == "next-pixel" else
-                         [accuracy for _, accuracy in scores], "o-", color=color, alpha=0.7)
+        for run in runs[model]:
+            scores = [nats / math.log(2) if recipe["task"] == "next-pixel" else accuracy
+                      for nats, accuracy in run.scores]
+            axes[2].plot(range(1, len(scores) + 1), scores, "o-", color=color, alpha=0.7)
     axes[0].set(xlabel="training step", ylabel="training loss (nats)", yscale="log")
     axes[1].set(xlabel="seconds of training", yscale="log")
     axes[2].set(xlabel="epoch", xticks=range(1, recipe["epochs"] + 1), ylabel="test: " + (
@@ -658,7 +696,8 @@ def draw_completions(path, runs, data):
     rows = {"the digit": images, "what is given": images[:, :half]}
     for model, (run, *_) in runs.items():
         for i in range(3):
-            rows[f"{model} {i + 1}"] = complete(run[0], images[:, :half], height * width, seed=i)
+            drawn = complete(run.average, images[:, :half], height * width, seed=i)
+            rows[f"{model} {i + 1}"] = drawn
     figure, axes = plt.subplots(len(rows), len(images), figsize=(10, 0.95 * len(rows) + 0.4),
                                 layout="constrained", squeeze=False)
     for row, (name, pixels) in zip(axes, rows.items()):
@@ -682,22 +721,28 @@ def parse(arguments):
     Each setting of the recipe becomes a flag of the same type, with its value as the default. So
     the flags of one recipe are not those of another: next-pixel has no --stem.
     """
-    name = arguments[0] if arguments and arguments[0] in RECIPES else next(iter(RECIPES))
+    name = next(iter(RECIPES))
+    if arguments and not arguments[0].startswith("-"):
+        name, *arguments = arguments
+    if name not in RECIPES:
+        sys.exit(f"train_mnist.py: there is no recipe {name}, but {', '.join(RECIPES)}")
     p = argparse.ArgumentParser(
-        usage="train_mnist.py [recipe] [--flag value ...]    (--help lists them)",
+        allow_abbrev=False, usage="train_mnist.py [recipe] [--flag value ...]  (--help lists them)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"The flags down to --state are the settings of the recipe {name}. What they mean "
                f"stands beside them, in RECIPES at the top of this file.")
     add = p.add_argument
-    add("recipe", nargs="?", choices=RECIPES, default=name, help="%(choices)s; it comes first")
     settings = {key: value for key, value in RECIPES[name].items() if key != "task"}
     for setting, value in settings.items():
-        kind = ({"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else
-                {"type": type(value), "metavar": type(value).__name__})
+        kind = {"type": type(value), "metavar": type(value).__name__}
+        if isinstance(value, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif setting == "model":
+            kind = {"choices": MODELS}
         add("--" + setting.replace("_", "-"), default=value, help=f"default {value}", **kind)
     add("--compare", action="store_true", help="train each of --models with each of --seeds")
     add("--models", nargs="+", choices=MODELS, help="default: all that can do it")
-    add("--seeds", nargs="+", type=int, default=[0], help="default 0")
+    add("--seeds", nargs="+", type=int, help="default 0")
     add("--name", help="what the files of a run or table are called; default: the recipe")
     add("--quick", action="store_true", help="2 epochs of 6,400 images, or 1 of 640 by pixels")
     add("--limit", type=int, default=0, help="train on so many images only; default 0: all")
@@ -714,17 +759,19 @@ def parse(arguments):
     if "--quick" in arguments:
         p.set_defaults(epochs=min(2, RECIPES[name]["epochs"]))
     args = p.parse_args(arguments)
-    recipe = RECIPES[name] | {setting: getattr(args, setting) for setting in settings}
-    if args.recipe != name:
-        p.error(f"the recipe comes first: train_mnist.py {args.recipe} ...")
-    for setting, value in vars(args).items():
+    recipe = {"recipe": name} | RECIPES[name] | {key: getattr(args, key) for key in settings}
+    for setting, value in [*vars(args).items(), *(("seeds", seed) for seed in args.seeds or [])]:
         low = 1 if setting in ("epochs", "batch", "patch", "d_model", "hidden", "state") else 0
-        high = 1 if setting in ("average", "smoothing") else math.inf
+        high = 1 if setting in ("average", "smoothing") else 10 ** 9
         if isinstance(value, (int, float)) and not low <= value <= high:
             p.error(f"--{setting.replace('_', '-')} must be from {low} to {high}, got {value}")
     if recipe.get("augment", "none") not in ("warp", "shift-flip", "none"):
         p.error(f"--augment must be warp, shift-flip or none, got {args.augment}")
-    if args.compare and not args.name and changed(name, recipe):
+    single, several = {"--seed", "--model"}, {"--seeds", "--models"}
+    if wrong := {a.split("=")[0] for a in arguments} & (single if args.compare else several):
+        p.error(f"{' and '.join(sorted(wrong))}: one run takes --seed and --model, and --compare "
+                f"takes --seeds and --models")
+    if args.compare and not args.name and not args.quick and changed(recipe):
         p.error(f"a table with other settings than those of {name} needs a --name for its files")
     return args, recipe
 
@@ -743,7 +790,8 @@ def main():
     except Exception:                    # its kind depends on how torch was built
         sys.exit(f"train_mnist.py: there is no device {device} here: use --device cpu")
     if recipe["batch"] % PROCESSES:
-        sys.exit(f"train_mnist.py: {PROCESSES} processes cannot share a batch of {recipe['batch']}")
+        sys.exit(f"train_mnist.py: {PROCESSES} processes cannot share a batch of "
+                 f"{recipe['batch']}: use a --batch that {PROCESSES} divides")
     if PROCESSES > 1:                    # the first one prints, downloads and writes files
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if RANK > 0:
@@ -756,29 +804,21 @@ def main():
     data = Data(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in data))
 
     # Files are called after the recipe; what was trained on other data is called after those.
-    name, own = args.recipe, RECIPES[args.recipe]["dataset"]
+    name, own = recipe["recipe"], RECIPES[recipe["recipe"]]["dataset"]
     if data.name != own:
         name = data.name if name == own else f"{name}-{data.name}"
     name = args.name or name.replace("-", "_")
     able = ["causal", "s4"] if recipe["task"] == "next-pixel" else list(MODELS)
+    models = dict.fromkeys((args.models or able) if args.compare else [args.model])
+    seeds = dict.fromkeys((args.seeds or [0]) if args.compare else [args.seed])
     rows, runs = [], {}
-    for seed in args.seeds if args.compare else [args.seed]:
-        for model in (args.models or able) if args.compare else [args.model]:
-            settings = dict(recipe, model=model, seed=seed)
-            path = os.path.join(args.out, f"{name}-{model}-seed{seed}.pt")
-            resume = args.resume and (os.path.exists(path) or not args.compare)
-            if RANK == 0 and not resume and os.path.exists(path):      # --resume was forgotten
-                old = next(old for i in itertools.count(1)
-                           if not os.path.exists(old := f"{path}.old{i}"))
-                os.replace(path, old)
-                print(f"an earlier checkpoint was there, and is now {old}")
-            try:
-                run = train(settings, data, device, path, resume)
-            except KeyboardInterrupt:
-                print(f"\nstopped; saved in {path}: the same command with --resume goes on")
-                sys.exit(130)
-            runs.setdefault(model, []).append(run)
-            rows.append(result(args.recipe, settings, data, device, run))
+    for seed, model in itertools.product(seeds, models):
+        settings = recipe | {"model": model, "seed": seed}
+        path = os.path.join(args.out, f"{name}-{model}-seed{seed}.pt")
+        resume = args.resume and (os.path.exists(path) or not args.compare)
+        run = train(settings, data, device, path, resume)
+        runs.setdefault(model, []).append(run)
+        rows.append(result(settings, data, device, run))
     if RANK == 0 and args.compare:
         def write_rows(part):
             with open(part, "w", newline="", encoding="utf-8") as file:
@@ -786,8 +826,10 @@ def main():
                 writer.writeheader()
                 writer.writerows(rows)
 
+        set_aside(f"results/{name}.csv")
         write(f"results/{name}.csv", write_rows)
-        draw_runs(f"figures/{name}.png", runs, recipe, f"{data.name}, seeds {args.seeds}")
+        draw_runs(f"figures/{name}.png", runs, recipe,
+                  f"{data.name}, seeds {', '.join(map(str, seeds))}")
         print_table(rows)
     if RANK == 0 and recipe["task"] == "next-pixel":
         draw_completions(f"figures/{name}_completions.png", runs, data)
@@ -796,4 +838,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (KeyboardInterrupt, BrokenPipeError):   # the latter: `| head` has seen enough
+        print("\ntrain_mnist.py: stopped; a training goes on with --resume", file=sys.stderr)
+        os._exit(130)                    # at once: PyTorch's clean-up takes most of a second

@@ -89,9 +89,9 @@ def seed_for(seed, what, number=0):
 
 def learning_rate(step, steps, peak):
     """A line from 0 to peak over the first tenth of the steps, then a cosine to 0."""
-    progress = (step + 1) / steps
-    fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.1) / 0.9)))
-    return peak * min(progress / 0.1, fall)
+    part = (step + 1) / steps
+    fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (part - 0.1) / 0.9)))
+    return peak * min(part / 0.1, fall)
 
 
 def batch(recipe, text, step):
@@ -111,8 +111,16 @@ def batch(recipe, text, step):
     return characters[:, :-1], characters[:, 1:]
 
 
+class Run(NamedTuple):
+    """A finished training."""
+    average: torch.nn.Module     # the averaged weights
+    log: list                    # of each step: loss, fraction right, seconds of training so far
+    scores: list                 # of each epoch: validation losses, streaming and in blocks
+    parameters: int
+
+
 def train(recipe, text, device, path, resume):
-    """Train one model, saving to path: -> averaged weights, log, scores, number of parameters.
+    """Train one model, saving to path: -> Run.
 
     Every random draw is a function of (seed, step). So step and states are all that a checkpoint
     must say, and a run that was stopped goes on to the weights that it would have had.
@@ -121,16 +129,19 @@ def train(recipe, text, device, path, resume):
     steps_per_epoch = (len(text.train) - 1) // (b * block)
     steps = recipe["epochs"] * steps_per_epoch
     torch.manual_seed(seed_for(recipe["seed"], "weights"))
-    model = MambaLM(len(text.vocabulary), recipe["d_model"], recipe["layers"]).to(device)
+    try:
+        model = MambaLM(len(text.vocabulary), recipe["d_model"], recipe["layers"]).to(device)
+    except (ValueError, RuntimeError) as error:    # RuntimeError: too large for the memory
+        sys.exit(f"train_shakespeare.py: no such model: {first_line(error)}")
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe["weight_decay"]),
                                   lr=recipe["lr"], betas=(0.9, 0.95))
     modules = {"model": model, "average": average, "optimizer": optimizer}
-    # Of each step: (loss, fraction right, seconds of training so far). Of each epoch: the
-    # validation losses, (streaming, in blocks).
-    step, states, log, scores = 0, None, [], []
+    step, states, log, scores = 0, None, [], []    # see Run; states: what the rows remember
     if resume:
         step, states, log, scores = load(path, recipe, text, modules, device)
+    else:
+        set_aside(path)
     save(path, recipe, text, modules, step, states, log, scores)       # a folder that cannot be
     net = DistributedDataParallel(model) if PROCESSES > 1 else model   # written: now, not later
     parameters, size = sum(p.numel() for p in model.parameters()), len(text.vocabulary)
@@ -143,7 +154,8 @@ def train(recipe, text, device, path, resume):
             start = time.perf_counter()
 
             # This step's learning rate, and its seed: whatever is drawn from here on in this step
-            # (what is forgotten; a dropout, if you add one) is a function of (seed, step).
+            # (what is forgotten; a dropout, if you add one) is a function of (seed, step). Under
+            # torchrun all processes draw the same, for the whole batch.
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, recipe["lr"])
             torch.manual_seed(seed_for(recipe["seed"], "forget", step))
@@ -156,7 +168,8 @@ def train(recipe, text, device, path, resume):
             inputs, targets, forget = (t.chunk(PROCESSES)[RANK].to(device)
                                        for t in (*batch(recipe, text, step), forget))
 
-            # Forward: from the states that the last step left, except where a row forgets.
+            # Forward: from the states that the last step left, except where a row forgets. (At the
+            # beginning of an epoch there are none: None begins anew, as zeros do.)
             if states is not None:
                 states = [State(*(t.masked_fill(forget, 0) for t in state)) for state in states]
             logits, states = net(inputs, states)
@@ -171,7 +184,8 @@ def train(recipe, text, device, path, resume):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             states = [State(*(t.detach() for t in state)) for state in states]
 
-            # What to log, and whether to stop: a mean over processes, so that all of them agree.
+            # What to log, and whether anybody asked to stop. Under torchrun all of that is averaged
+            # over the processes, so that they agree and stop after the same step.
             hits = (logits.detach().argmax(1) == targets).float().mean()
             seen = torch.stack([loss.detach(), hits, torch.full_like(hits, len(STOP))])
             if PROCESSES > 1:
@@ -181,8 +195,8 @@ def train(recipe, text, device, path, resume):
                 sys.exit(f"train_shakespeare.py: loss {loss:.3g}, gradient {norm:.3g} at step "
                          f"{step + 1}: not finite. Start again with a smaller --lr")
 
-            # The update; then the average of the weights: over the last ninth of the steps so far,
-            # but never much further back than 1 / (1 - decay) steps.
+            # The update; then the average of the weights. Its decay begins as about 1 - 9/step, so it
+            # spans the last ninth of the steps; later it spans some 1 / (1 - average) of them.
             optimizer.step()
             decay = min(recipe["average"], (1 + step) / (10 + step))
             with torch.no_grad():
@@ -201,7 +215,9 @@ def train(recipe, text, device, path, resume):
             if stopping:
                 raise KeyboardInterrupt
 
-        # The end of an epoch: save, evaluate the averaged weights, save, and let them write.
+        # The end of an epoch: save, evaluate the averaged weights, save, and let them write. The
+        # states are not needed any more: where the next epoch begins, every row forgets.
+        states = None
         save(path, recipe, text, modules, step, states, log, scores)
         stream = stream_loss(average, text)
         blocks = block_losses(average, text, block).mean().item()
@@ -216,7 +232,7 @@ def train(recipe, text, device, path, resume):
               f"{stream:.4f} nats = {stream / math.log(2):.4f} bits streaming, {blocks:.4f} nats = "
               f"{blocks / math.log(2):.4f} bits in blocks\n      | "
               + sample.replace("\n", "\n      | "), flush=True)
-    return average, log, scores, parameters
+    return Run(average, log, scores, parameters)
 
 
 @torch.no_grad()
@@ -284,7 +300,7 @@ def write(path, make):
         os.replace(path + ".part", path)
     except (OSError, RuntimeError) as error:       # torch.save calls a full disk a RuntimeError
         sys.exit(f"train_shakespeare.py: cannot write {path} ({first_line(error)}): is the disk "
-                 f"full, or the folder read-only? What was there before is untouched")
+                 f"full, or the folder read-only? Another --out helps. What was there is untouched")
 
 
 def write_rows(path, rows):
@@ -296,6 +312,14 @@ def write_rows(path, rows):
             writer.writerows(rows)
 
     write(path, make)
+
+
+def set_aside(path):
+    """Rename what is at path: whoever forgets --resume, or a --name, loses nothing."""
+    if RANK == 0 and os.path.exists(path):
+        old = next(old for i in itertools.count(1) if not os.path.exists(old := f"{path}.old{i}"))
+        os.replace(path, old)
+        print(f"an earlier {path} was there, and is now {old}")
 
 
 def save(path, recipe, text, modules, step, states, log, scores):
@@ -319,19 +343,20 @@ def load(path, recipe, text, modules, device):
     """Fill the modules from a checkpoint: -> step, states, log, scores; or end with one line."""
     try:
         state = read_checkpoint(path)
-        # A setting that is newer than the checkpoint is not in it, and does not matter.
-        theirs, ours = {**state["recipe"], "text": state["text"]}, {**recipe, "text": summary(text)}
-        if other := [key for key in theirs if key in ours and theirs[key] != ours[key]]:
+        # A setting that is newer than the checkpoint is not in it: it had its default then.
+        theirs = RECIPE | state["recipe"] | {"text": state["text"]}
+        ours = recipe | {"text": summary(text)}
+        if other := [key for key in ours if theirs[key] != ours[key]]:
             raise ValueError(f"made with {other[0]} {theirs[other[0]]}, not {ours[other[0]]}")
+        if PROCESSES > 1 and state["states"]:
+            raise ValueError("saved within an epoch by one process, which must go on alone")
         for name, module in modules.items():
             module.load_state_dict(state[name])
         states = state["states"] and [State(*(t.to(device) for t in s)) for s in state["states"]]
-        if PROCESSES > 1:                # saved where an epoch ends: the next one forgets them
-            states = None
         return state["step"], states, state["log"], state["scores"]
     except Exception as error:
-        sys.exit(f"train_shakespeare.py: cannot go on from {path} ({first_line(error)}): use the "
-                 f"settings that made it, or start without --resume")
+        sys.exit(f"train_shakespeare.py: cannot go on from {path} ({first_line(error)}): start "
+                 f"without --resume, or use the settings that made it")
 
 
 def load_model(path, device):
@@ -372,10 +397,10 @@ def summary(text):
 
 def encode(string, vocabulary):
     """-> (l,) int64. Ends with one line for a character that is not in the vocabulary."""
-    unknown = set(string) - set(vocabulary)
+    unknown = "".join(sorted(set(string) - set(vocabulary)))
     if unknown or not string:
-        sys.exit(f"train_shakespeare.py: a prompt needs characters, and the model knows only "
-                 f"{vocabulary!r}, not {''.join(sorted(unknown))!r}")
+        sys.exit("train_shakespeare.py: the prompt " + (
+            f"has {unknown!r}, which the model has never seen" if unknown else "is empty"))
     return torch.tensor([vocabulary.index(character) for character in string])
 
 
@@ -395,7 +420,7 @@ def load_text(data_dir, source="auto", path=None):
     Ends with one line if a file is missing, damaged or no UTF-8, or if "real" cannot be had.
     """
     if path is not None:
-        name, digest = "text-" + os.path.splitext(os.path.basename(path))[0], None
+        name, digest = text_name(path), None
     elif source == "synthetic":
         return help_texts()
     else:
@@ -421,6 +446,16 @@ def load_text(data_dir, source="auto", path=None):
         return help_texts()
 
 
+def text_name(path):
+    """What results of the user's own text are called: text-war for books/war.txt."""
+    return "text-" + os.path.splitext(os.path.basename(path))[0]
+
+
+def file_name(name, quick=False):
+    """What the files of a text are called."""
+    return (name + ("-quick" if quick else "")).replace("-", "_")
+
+
 def help_texts():
     """What `help()` says about Python's syntax; it comes with every CPython."""
     from pydoc_data.topics import topics
@@ -434,7 +469,7 @@ def help_texts():
 def changed(recipe):
     """What differs from RECIPE: "lr=0.001,layers=2". Without what has a column."""
     return ",".join(f"{key}={value}" for key, value in recipe.items()
-                    if value != RECIPE[key] and key not in ("seed", "epochs"))
+                    if value != RECIPE[key] and key != "seed")
 
 
 def result(recipe, text, device, run):
@@ -442,12 +477,11 @@ def result(recipe, text, device, run):
 
     The losses are those of the last epoch, not of the best one.
     """
-    _, log, scores, parameters = run
-    (stream, blocks), bit = scores[-1], math.log(2)
-    row = {"dataset": text.name, "seed": recipe["seed"], "params": parameters,
+    (stream, blocks), bit = run.scores[-1], math.log(2)
+    row = {"dataset": text.name, "seed": recipe["seed"], "params": run.parameters,
            "epochs": recipe["epochs"], "val_loss_stream": f"{stream:.4f}",
            "val_loss_block": f"{blocks:.4f}", "val_bits_stream": f"{stream / bit:.4f}",
-           "val_bits_block": f"{blocks / bit:.4f}", "seconds": f"{log[-1][2]:.0f}",
+           "val_bits_block": f"{blocks / bit:.4f}", "seconds": f"{run.log[-1][2]:.0f}",
            "recipe": f"shakespeare:{changed(recipe)}".strip(":")}
     print("RESULT " + " ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     return row | {"device": describe(device), "torch": torch.__version__,
@@ -497,7 +531,7 @@ def draw_loss(path, runs, recipe, text, title):
     axes[1].plot([f"{start}–{end}" if start < end else f"{end}" for start, end in bins],
                  [seen[start - 1:end].mean() for start, end in bins], "o-", color=blue,
                  label="in blocks")
-    axes[1].axhline(sum(scores[-1][0] for _, _, scores, _ in runs) / len(runs), color=red,
+    axes[1].axhline(sum(run.scores[-1][0] for run in runs) / len(runs), color=red,
                     label="streaming: mean over the text")
     axes[1].set(xlabel="place in the block (characters)", ylabel="validation loss (nats)")
     for ax in axes:
@@ -534,7 +568,7 @@ def parse(arguments):
     Each setting of RECIPE becomes a flag of the same type, with its value as the default.
     """
     p = argparse.ArgumentParser(
-        usage="train_shakespeare.py [--flag value ...]    (--help lists them)",
+        allow_abbrev=False, usage="train_shakespeare.py [--flag value ...]    (--help lists them)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"The first {len(RECIPE)} flags are the settings of the training. What they mean "
                f"stands beside them, in RECIPE at the top of this file.")
@@ -547,7 +581,7 @@ def parse(arguments):
     add("--quick", action="store_true", help="one epoch of 164,000 characters")
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--text", metavar="FILE", help="train on this text, UTF-8")
-    add("--generate", metavar="PROMPT", help="write instead of training; --seed is the text's")
+    add("--generate", metavar="PROMPT", help="write instead of training; --seed draws the text")
     add("--tokens", type=int, default=1000, help="characters to write, default %(default)s")
     add("--temperature", type=float, default=0.8,
         help="1: as the model has it; 0: always the most likely; default %(default)s")
@@ -562,12 +596,12 @@ def parse(arguments):
         p.set_defaults(epochs=1)
     args = p.parse_args(arguments)
     recipe = {setting: getattr(args, setting) for setting in RECIPE}
-    for setting, value in vars(args).items():
+    for setting, value in [*vars(args).items(), *(("seeds", seed) for seed in args.seeds or [])]:
         low = 1 if setting in ("epochs", "batch", "block", "d_model", "tokens", "top_k") else 0
-        high = 1 if setting in ("average", "forget") else math.inf
+        high = 1 if setting in ("average", "forget") else 10 ** 9
         if isinstance(value, (int, float)) and not low <= value <= high:
             p.error(f"--{setting.replace('_', '-')} must be from {low} to {high}, got {value}")
-    if args.seeds and not args.name and (changed(recipe) or args.epochs != p.get_default("epochs")):
+    if args.seeds and not args.name and not args.quick and changed(recipe):
         p.error("a table with other settings than those of RECIPE needs a --name for its files")
     return args, recipe
 
@@ -586,12 +620,9 @@ def main():
 
     if args.generate is not None:
         torch.set_num_threads(1)         # products this small gain nothing from a second thread
-        if hasattr(signal, "SIGPIPE"):   # `| head` has seen enough: end without a traceback
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        names = [f"text_{os.path.splitext(os.path.basename(args.text))[0]}"] if args.text else [
-            "shakespeare", "synthetic_pydoc"]
-        quick = "_quick" if args.quick else ""
-        paths = [os.path.join(args.out, f"{args.name or name + quick}-seed0.pt") for name in names]
+        texts = [text_name(args.text)] if args.text else ["shakespeare", "synthetic-pydoc"]
+        names = [args.name or file_name(text, args.quick) for text in texts]
+        paths = [os.path.join(args.out, f"{name}-seed0.pt") for name in names]
         path = args.checkpoint or next(filter(os.path.exists, paths), paths[0])
         write_text(args, *load_model(path, device), device)
         return
@@ -616,29 +647,26 @@ def main():
                  f"of {args.block}: use a smaller --batch and --block")
     text = text._replace(train=text.train.to(device), valid=text.valid.to(device))
 
-    name, rows, runs = args.name or text.name.replace("-", "_"), [], []
-    for seed in args.seeds or [args.seed]:
-        settings, path = dict(recipe, seed=seed), os.path.join(args.out, f"{name}-seed{seed}.pt")
+    name, rows, runs = args.name or file_name(text.name), [], []
+    seeds = list(dict.fromkeys(args.seeds or [args.seed]))
+    for seed in seeds:
+        settings, path = recipe | {"seed": seed}, os.path.join(args.out, f"{name}-seed{seed}.pt")
         resume = args.resume and (os.path.exists(path) or not args.seeds)
-        if RANK == 0 and not resume and os.path.exists(path):          # --resume was forgotten
-            old = next(old for i in itertools.count(1)
-                       if not os.path.exists(old := f"{path}.old{i}"))
-            os.replace(path, old)
-            print(f"an earlier checkpoint was there, and is now {old}")
-        try:
-            runs.append(train(settings, text, device, path, resume))
-        except KeyboardInterrupt:
-            print(f"\nstopped; saved in {path}: the same command with --resume goes on")
-            sys.exit(130)
+        runs.append(train(settings, text, device, path, resume))
         rows.append(result(settings, text, device, runs[-1]))
     if RANK == 0 and args.seeds:
+        set_aside(f"results/{name}.csv")
         write_rows(f"results/{name}.csv", rows)
         draw_loss(f"figures/{name}_loss.png", runs, recipe, text,
-                  f"{text.name}, seeds {args.seeds}")
+                  f"{text.name}, seeds {', '.join(map(str, seeds))}")
         print_table(rows)
     if PROCESSES > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (KeyboardInterrupt, BrokenPipeError):   # the latter: `| head` has seen enough
+        print("\ntrain_shakespeare.py: stopped; a training goes on with --resume", file=sys.stderr)
+        os._exit(130)                    # at once: PyTorch's clean-up takes most of a second

@@ -1,32 +1,40 @@
 """visualize_delta.py: look at Δ, and at what an untrained Δ looks like.
 
-    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        Δ_t → 0: token t is passed over, h stays as it was
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        Δ_t → 0: token t leaves the state as it was
 
-    python visualize_delta.py                     digits and needle: 9 minutes on two cores
-    python visualize_delta.py --task digits       Δ on a test digit 7 (--digit, --index)
-    python visualize_delta.py --task needle       a needle in a haystack of a million tokens
-    python visualize_delta.py --task copying      16 symbols, scattered among 256 tokens: 15 minutes
-    python visualize_delta.py --quick             a first look in under a minute
-    python visualize_delta.py --seeds 0 1 2       the README's tables; they take the place of others
-    python visualize_delta.py --resume            take the models that are trained already
+    python visualize_delta.py                  digits and needle: 9 minutes on two cores
+    python visualize_delta.py --task digits    Δ on a 7 (--digit, --index) and on 1,000 test digits
+    python visualize_delta.py --task needle    a needle in a haystack of a million tokens
+    python visualize_delta.py --task copying   16 symbols, scattered among 256 tokens: 15 minutes
+    python visualize_delta.py --task text      Δ on Shakespeare, character by character: 1 minute
+    python visualize_delta.py --quick          needle and copying with fewer steps and models
+    python visualize_delta.py --seeds 0 1 2    needle and copying as in the README
+    python visualize_delta.py --resume         take their models that were trained already
 
 The claim: Δ is the gate by which a selective model decides what to write into its state. A picture
-alone proves nothing, so each claim has a control: the same model before its first training step,
-or with its selection switched off, on the same scale.
+alone proves nothing, so each one has a control on the same scale: the model before its first
+training step, or one whose selection is switched off.
 
-Digits. Δ of every scan of the Vision Mamba of train_mnist.py, and its rank correlation with the ink
-and the edges of 1,000 test digits. Expect no Δ that is large on a stroke, but one that is large two
-tokens behind it: that far the convolution looks back.
+Digits, with the classifiers of train_mnist.py. Do not expect a Δ that is large on the strokes. It
+is large about two tokens behind them, in the direction of reading. It can be: the convolution shows
+a scan the three tokens before as well, and two layers of them reach further back.
 
-Needle. The induction heads of the paper (section 4.1.2): among noise stands a marker, and after it
-the symbol to remember, until the marker comes again. It is learned at lengths up to 256 and asked
-up to a million, in constant memory. A model that solves 256 leaks a little at every noise token.
-There its loss is zero, and nothing pushes the leak further down; but at length 4,096 it tells. So
-one model, once it solves 256, also pays for what it writes: to its loss is added
-0.01 · mean log(Δ + 1e-9). Expect it to find every needle at every length.
+Needle (induction heads, section 4.1.2 of the paper). In noise stands a marker, then the symbol to
+remember; when the marker comes again, that symbol is asked for. Training ends at length 256. The
+paper's Mamba then finds needles at 2^20 tokens, after 204,800 steps of 8 x 256 tokens at a constant
+learning rate of 1e-3. Ours has only 600 steps, of 4,096 tokens. It solves 256, but it leaks a
+little at every noise token, and that tells at 4,096. So a second model also pays for what it
+writes: once it solves 256, 0.01 · mean log(Δ + 1e-9) is added to its loss. Expect it to find every
+needle at every length.
 
-Left out: a text. What Δ does on characters is a question for train_shakespeare.py's model.
-Read before: vision.py and train_mnist.py, whose model and helpers this file uses.
+Copying (section 4.1.1). The paper's task is longer: 4,096 tokens, of 16 kinds with the noise, and
+400,000 steps. Ours has 256 tokens and 3,000 steps.
+
+Text, with the models of train_shakespeare.py. Expect no gate that opens where words end: a space
+gets hardly more than a letter. In the last layer it opens at line breaks, to 1.7 times its resting
+value.
+
+Read before: train_mnist.py and train_shakespeare.py, whose models are looked at here.
 """
 import argparse
 import contextlib
@@ -35,32 +43,42 @@ import glob
 import itertools
 import math
 import os
+import re
 import shlex
 import sys
-import tempfile
 import time
 from types import SimpleNamespace
-from typing import NamedTuple
 
+import matplotlib
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from matplotlib.colors import TwoSlopeNorm
+from PIL import Image
 
 import train_mnist
 from block import MambaLM
 from rnn import RNN
-from s6 import S6, write_rows
-from train_mnist import (UserError, add_places, check_writable, choose_device, describe,
-                         first_line, guard, leave, load_data, mean_sd, normalize, number,
-                         read_checkpoint, write_atomically)
-from vision import DIRECTIONS
+from s6 import S6
+from train_mnist import describe, first_line, seed_for, write
+from train_shakespeare import load_text, read_checkpoint, write_rows
 
-FLOOR = 1e-9         # a Δ under this counts as this: where A = -1, a million of them forget 0.1 %
+matplotlib.use("Agg")            # figures are files: no window is opened
+plt.rcParams.update({"figure.constrained_layout.use": True, "figure.titlesize": 10,
+                     "axes.grid": True, "axes.titlesize": 10, "grid.alpha": 0.3,
+                     "legend.frameon": False, "legend.fontsize": 8, "savefig.dpi": 110})
+LOOKS = {"trained": "#d62728", "untrained": "#7f7f7f"}     # a model and its control: colours
 LAYERS = ("#17becf", "#000000")          # colours of the first and second layer
 
 
 # --------------------------------------------------------------------------------------------------
 # Reading Δ: hooks that are there while one looks, and gone afterwards.
+#
+# Every channel has a Δ of its own. What is shown is the mean over the channels, mostly divided by
+# its resting value: 1 is the Δ that a token of zeros would get, 2 a gate twice as wide open. The
+# resting value itself says little about selection, since it is the same at every token.
 
 @contextlib.contextmanager
 def watch(model):
@@ -76,6 +94,7 @@ def watch(model):
         if isinstance(module, S6):
             scan = scans[name] = SimpleNamespace(s6=module, x=None, delta=None)
 
+            # scan=scan: otherwise all hooks would share the variable, and write to the last one.
             def note_x(_, inputs, scan=scan):
                 scan.x = inputs[0]
 
@@ -92,12 +111,12 @@ def watch(model):
 
 
 def gate(scan):
-    """How wide the gate of each token stands: Δ, mean over the channels, (b, l)."""
+    """How wide the gate is open at each token: Δ > 0, mean over the channels, (b, l)."""
     return scan.delta.mean(-1)
 
 
 def resting(scan):
-    """The same for an input of zero: softplus(bias), mean over the channels."""
+    """The same for an input of zero: softplus(bias), mean over the channels, a number."""
     return F.softplus(scan.s6.dt_proj.bias).mean()
 
 
@@ -105,8 +124,8 @@ def resting(scan):
 def changes(scan):
     """How far each token moves the state: ‖h_t - h_{t-1}‖ over all channels, (b, l)."""
     h, moves = None, []
-    for token in scan.x.split(1, 1):
-        _, new = scan.s6(token, h, return_state=True)                          # (b, d, n)
+    for token in scan.x.split(1, 1):     # a scan of length 1 is a step of the recurrence
+        _, new = scan.s6(token, h)                                             # (b, d, n)
         moves.append((new if h is None else new - h).flatten(1).norm(dim=1))
         h = new
     return torch.stack(moves, 1)
@@ -115,10 +134,10 @@ def changes(scan):
 def switch_off(model, what):
     """Take the selection out of a model for good: -> the model, of the same shape and cost.
 
-    "delta"   dt_proj is shown zeros: Δ = softplus(bias) at every token, B and C still look. The
-              weight of dt_proj is idle
-    "all"     x_proj is shown ones: Δ, B and C are learned, and the same at every token. Of the
-              weight of x_proj, only the sums of its rows count
+    "delta"   dt_proj is shown zeros: Δ = softplus(bias) at every token, while B and C still depend
+              on it. The weight of dt_proj is then without effect
+    "all"     x_proj is shown ones: Δ, B and C are learned, and the same at every token. S4 fixes
+              them too, but this is not S4: A is real, and convolution and gate are Mamba's
     """
     def constant(_, inputs):
         return torch.zeros_like(inputs[0]) if what == "delta" else torch.ones_like(inputs[0])
@@ -131,99 +150,88 @@ def switch_off(model, what):
 
 
 # --------------------------------------------------------------------------------------------------
-# Digits: is Δ large where the ink is?
+# Files: checkpoints in, rows and figures out.
 
-def find_classifiers(args):
-    """The checkpoints to look at: those named, or every seed of the best there is, or a new one."""
-    if args.checkpoint:
-        return args.checkpoint
-    names = ["mnist"] * (args.data != "synthetic") + ["synthetic-digits"] * (args.data != "real")
-    for name in [name + quick for quick in ("", "-quick") for name in names]:
-        start = os.path.join(args.out, f"{name}-bidirectional-seed")
-        paths = sorted(glob.glob(glob.escape(start) + "*.pt"))
-        if paths:
-            return paths
-    print(f"no Vision Mamba in {args.out}: training a quick one first, in half a minute. For a "
-          f"better one, run python train_mnist.py before", flush=True)
-    flags = ["--quick", "--epochs", "1" if args.quick else "2", "--data", args.data, "--data-dir",
-             args.data_dir, "--out", args.out, "--device", args.device]
-    if not train_mnist.train(train_mnist.parse(flags)):
-        raise KeyboardInterrupt
-    return find_classifiers(args)
+def open_checkpoints(args, names, command):
+    """What a training script saved: -> its dictionaries. Ends with one line if there are none.
 
-
-def load_classifier(path, device):
-    """-> the averaged model of a checkpoint, the same before its first step, and its settings.
-
-    Raises UserError if the file holds no Vision Mamba of train_mnist.py, trained to its end.
+    They are those of --checkpoint, or every seed of the first of the names that is in --out.
     """
-    other = "name another one with --checkpoint, or train one by python train_mnist.py"
-    state = read_checkpoint(path, other)
-    settings = state["settings"]
-    if settings.get("model") not in DIRECTIONS or not isinstance(settings.get("dataset"), str):
-        raise UserError(f"{path} holds no Vision Mamba of train_mnist.py, but "
-                        f"{settings.get('model', 'another model')}: {other}")
-    if settings.get("tokens", "patches") != "patches" or settings["dataset"].startswith("cifar10"):
-        raise UserError(f"{path} holds a model of {settings['dataset']} by "
-                        f"{settings.get('tokens')}, and only one of digits by patches can be "
-                        f"looked at: {other}")
-    if settings.get("layers") == 0:
-        raise UserError(f"{path} holds a model of 0 layers, and so no Δ: {other}")
-    try:
-        torch.manual_seed(train_mnist.seed_for(settings["seed"], "weights"))
-        untrained = train_mnist.build(settings)
-        trained = copy.deepcopy(untrained)
-        trained.load_state_dict(state["average"])
-        missing = settings["epochs"] - len(state["scores"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} was made by another version of the model ({first_line(error)}): "
-                        f"{other}") from None
-    if missing:
-        raise UserError(f"the training in {path} is not at its end: go on with the command that "
-                        f"began it and --resume, or delete it, or {other}")
-    return trained.to(device).eval(), untrained.to(device).eval(), settings
+    found = (sorted(glob.glob(f"{glob.escape(args.out)}/{name}-seed*.pt")) for name in names)
+    paths, states = args.checkpoint or next(filter(None, found), []), []
+    if not paths:
+        sys.exit(f"visualize_delta.py: no trained model in {args.out}: run {command} first")
+    for path in paths:
+        try:
+            states.append(read_checkpoint(path))
+            if len(states[-1]["scores"]) < states[-1]["recipe"]["epochs"]:
+                raise ValueError("its training has not finished")
+        except Exception as error:       # also what zipfile and torch say of a damaged file
+            sys.exit(f"visualize_delta.py: cannot use {path} ({first_line(error)}): name others by "
+                     f"--checkpoint")
+    return states
 
 
-def load_images(path, settings, args):
-    """The images that the checkpoint's model was made for: -> Data. Raises UserError for others."""
-    synthetic = settings["dataset"].startswith("synthetic")
-    wanted = {"auto": synthetic, "real": False, "synthetic": True}[args.data]
-    if wanted == synthetic:
-        data = load_data(args.data_dir, "synthetic" if synthetic else "real")
-        if settings["dataset"].startswith(data.name):
-            return data
-    raise UserError(f"{path} was trained on {settings['dataset']}, which is not what --data "
-                    f"{args.data} asks for: name another one with --checkpoint")
+def make_pair(state, make):
+    """A trained model and its control, {"trained": …, "untrained": …}; make() builds it.
+
+    With the seed of the training, make() gives the weights from before the first step.
+    """
+    torch.manual_seed(seed_for(state["recipe"]["seed"], "weights"))
+    untrained = make().eval()
+    trained = copy.deepcopy(untrained)
+    trained.load_state_dict(state["average"])
+    return {"trained": trained, "untrained": untrained}
 
 
-def direction(name, model):
-    """The name of a scan as people read it, and whether it runs backward."""
-    _, layer, branch, _ = name.split(".")                  # body.0.second.s6
-    if model.body[int(layer)].direction == "causal":
-        return f"layer {int(layer) + 1}, {branch} branch", False
-    backward = branch == "second"
-    return f"layer {int(layer) + 1}, {'backward' if backward else 'forward'}", backward
+def keep(path, rows, **same):
+    """Rows, with what is the same in all of them and the command that made them, as a CSV file."""
+    command = "python " + shlex.join(sys.argv)
+    write_rows(path, [{**row, **same, "command": command} for row in rows])
+    print(f"wrote {path}", flush=True)
+
+
+def save(path, figure, title=None):
+    """A figure as a PNG file."""
+    figure.suptitle(title)
+    write(path, lambda part: figure.savefig(part, format="png"))
+    plt.close(figure)
+    print(f"wrote {path}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Digits: is Δ large where the ink is?
+#
+# One picture of one digit persuades easily. So the same question is put to a thousand digits, as a
+# rank correlation: it asks only whether more ink goes with more Δ, in a straight line or not. It is
+# taken within each digit, since thick digits have more of everything.
+
+def load_digits(state, data_dir):
+    """The images that a checkpoint's model was made for: -> Data. Ends with one line for others."""
+    recipe = state["recipe"]
+    if (recipe.get("dataset") not in ("mnist", "fashion") or recipe["model"] != "bidirectional"
+            or recipe["patch"] == 1 or recipe["layers"] == 0):
+        sys.exit("visualize_delta.py: only a bidirectional Mamba that reads MNIST by patches can "
+                 "be looked at: name another by --checkpoint")
+    source = "synthetic" if state["data"].startswith("synthetic") else "real"
+    return train_mnist.load_data(recipe["dataset"], source, data_dir, 0)
 
 
 @torch.no_grad()
 def read_images(model, images):
-    """Δ over its resting value, as each scan reads: images uint8 (b, 1, h, w) -> {scan: (b, l)}.
+    """Δ over its resting value, as each scan reads it: images (b, 1, h, w), normalised.
 
-    A scan is its name, and whether it runs backward.
+    -> {(name of the scan, whether it reads backward): (b, l)}
     """
     with watch(model) as scans:
-        model(normalize(images))
-    return {direction(name, model): (gate(scan) / resting(scan)).cpu()
-            for name, scan in scans.items()}
-
-
-def choose_digit(data, digit, index):
-    """The index-th test image of a digit, (1, 1, h, w). Raises UserError past the last one."""
-    places = (data.test_labels == digit).nonzero().flatten()
-    if index >= len(places):
-        raise UserError(f"{data.name} has {len(places)} test images of a {digit}: --index must be "
-                        f"0 … {len(places) - 1}, got {index}")
-    return data.test_images[places[index]:places[index] + 1]
+        model(images)
+    gates = {}
+    for name, scan in scans.items():
+        _, layer, branch, _ = name.split(".")              # body.0.second.s6
+        backward = branch == "second"
+        label = f"layer {int(layer) + 1}, {'backward' if backward else 'forward'}"
+        gates[label, backward] = (gate(scan) / resting(scan)).cpu()
+    return gates
 
 
 def on_grid(tokens, backward):
@@ -234,44 +242,63 @@ def on_grid(tokens, backward):
 
 def gate_scale(ratios):
     """One scale of colours for Δ over its resting value: blue is less, white is rest, red more."""
-    from matplotlib.colors import TwoSlopeNorm
     return TwoSlopeNorm(1, 0, max(1.01, *(ratio.max().item() for ratio in ratios)))
+
+
+def show_gate(ax, pixels, ratio, backward, norm):
+    """Δ over its resting value (l,), where it lies on the image, under the digit's outline."""
+    side = len(pixels)
+    middle = torch.arange(side) + 0.5    # of each pixel
+    ax.contour(middle, middle, pixels, levels=[127], colors="black", linewidths=1)
+    return ax.imshow(on_grid(ratio, backward), cmap="RdBu_r", norm=norm, extent=(0, side, side, 0))
 
 
 def draw_digit(path, pixels, gates, title):
     """Δ of every scan over the digit's outline; trained above, untrained below, on one scale.
 
-    pixels (h, w); gates {"trained": what read_images gave for this one image, "untrained": …}
+    pixels (h, w), 0 … 255; gates {"trained": what read_images gave for it, "untrained": …}
     """
-    from matplotlib.figure import Figure
-    norm = gate_scale(t for scans in gates.values() for t in scans.values())
-    figure = Figure(figsize=(2.2 * len(gates["trained"]) + 2.8, 4.6), layout="constrained")
-    axes, side = figure.subplots(2, len(gates["trained"]) + 1), len(pixels)
-    for row, (name, scans) in zip(axes, gates.items()):
-        row[0].imshow(pixels.numpy(), cmap="gray_r", extent=(0, side, side, 0))
-        row[0].set_ylabel(name, fontsize=12)
+    norm = gate_scale(ratio for scans in gates.values() for ratio in scans.values())
+    columns = len(gates["trained"]) + 1
+    figure, axes = plt.subplots(2, columns, figsize=(2.2 * columns + 0.6, 4.6),
+                                subplot_kw={"xticks": [], "yticks": []})
+    for row, (look, scans) in zip(axes, gates.items()):
+        row[0].imshow(pixels, cmap="gray_r")
+        row[0].set(ylabel=look, title="the image")
         for ax, ((label, backward), ratio) in zip(row[1:], scans.items()):
-            shown = ax.imshow(on_grid(ratio[0], backward).numpy(), cmap="RdBu_r", norm=norm,
-                              extent=(0, side, side, 0))
-            middle = torch.arange(side) + 0.5
-            ax.contour(middle, middle, pixels, levels=[127], colors="black", linewidths=1)
-            if name == "trained":
-                ax.set_title(label)
-    axes[0, 0].set_title("the image")
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
+            shown = show_gate(ax, pixels, ratio[0], backward, norm)
+            ax.set_title(label)
     figure.colorbar(shown, ax=axes, shrink=0.8, label="Δ / its resting value softplus(bias)")
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110, format="png")
+    save(path, figure, title)
 
 
-def ink_and_edges(images, l):
-    """Of each patch, (b, l): its mean brightness, and the mean slope of brightness per pixel."""
-    pixels = images.float().cpu() / 255
-    down, right = torch.gradient(pixels, dim=(2, 3))
-    patch = images.shape[-1] // math.isqrt(l)
-    return {"ink": F.avg_pool2d(pixels, patch).flatten(1),
-            "edges": F.avg_pool2d(torch.hypot(down, right), patch).flatten(1)}
+def animate(path, pixels, gates, moves):
+    """The digit, read by both scans of a layer, as a GIF: what is known after each token.
+
+    gates   {(label, backward): Δ over its resting value (1, l)} for two scans
+    moves   change of h (1, l), for the same two
+    """
+    length, norm, frames = moves[0].shape[1], gate_scale(gates.values()), []
+    figure = plt.figure(figsize=(6, 5), dpi=80)
+    for step in range(1, length + 1):
+        figure.clear()
+        axes = figure.subplots(2, 2, sharey="row", height_ratios=(2, 1))
+        for (above, below), ((label, backward), ratio), change in zip(axes.T, gates.items(), moves):
+            known = ratio[0].where(torch.arange(length) < step, math.nan)      # the rest is grey
+            shown = show_gate(above, pixels, known, backward, norm)
+            above.set(title=label, xticks=[], yticks=[], facecolor="0.85")
+            below.plot(range(1, step + 1), change[0, :step], "o-", color="black", markersize=2)
+            below.set(xlim=(0, length + 1), ylim=(0, 1.05 * max(m.max() for m in moves)),
+                      xlabel="tokens read")
+        axes[1, 0].set_ylabel("change of h")
+        figure.colorbar(shown, ax=axes[0], label="Δ / its resting value")
+        figure.canvas.draw()
+        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
+    plt.close(figure)
+    frames += 9 * frames[-1:]            # the end stays for a while
+    write(path, lambda part: frames[0].save(part, "GIF", save_all=True, append_images=frames[1:],
+                                            duration=167, loop=0))
+    print(f"wrote {path}", flush=True)
 
 
 def rank_correlation(a, b):
@@ -286,235 +313,214 @@ def rank_correlation(a, b):
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-9)
 
 
-class Reading(NamedTuple):
-    """What one scan of one model made of many images, and what was there, in its order."""
-    model: str               # trained or untrained
-    checkpoint: str
-    seed: int
-    scan: str
-    ratio: torch.Tensor      # (b, l) Δ over its resting value
-    strengths: dict          # ink and edges, (b, l) each
+BACK = range(6)      # Δ is compared with what its scan reads now, and up to five tokens earlier
 
 
-BACK = range(6)      # a scan is compared with what it reads now, and up to five tokens earlier
-LOOKS = {"trained": "#d62728", "untrained": "#7f7f7f"}
+def correlate(ratio, ink):
+    """Columns of results/delta.csv: rank correlation within each digit, mean over the digits.
+
+    ratio, ink    (b, l) Δ over its resting value, and brightness, in the order of the scan
+    back_0 …      of Δ with the ink that the scan read so many tokens earlier
+    back_2_place_removed    ink is mostly in the middle, and Δ may depend on the place alone. So
+                  here both are taken less their mean at this place over all digits
+    percentile_99   of Δ over its resting value, over patches and digits: how wide the gate opens
+    """
+    l = ratio.shape[1]
+    row = {f"back_{back}": rank_correlation(ratio[:, back:], ink[:, :l - back]).mean()
+           for back in BACK}
+    a, b = ratio[:, 2:], ink[:, :l - 2]
+    row["back_2_place_removed"] = rank_correlation(a - a.mean(0), b - b.mean(0)).mean()
+    row["percentile_99"] = ratio.quantile(0.99)
+    return {column: f"{value.item():.3f}" for column, value in row.items()}
 
 
-def read_all(models, images):
-    """[(checkpoint, seed, trained, untrained)], images -> a Reading for each scan of each model."""
-    for path, seed, *pair in models:
-        for name, model in zip(LOOKS, pair):
-            for (scan, backward), ratio in read_images(model, images).items():
-                strengths = {what: t.flip(1) if backward else t
-                             for what, t in ink_and_edges(images, ratio.shape[1]).items()}
-                yield Reading(name, path, seed, scan, ratio, strengths)
+def draw_ink(path, rows, title):
+    """A column per scan: rank correlation of Δ with the ink, over tokens back."""
+    scans = list(dict.fromkeys(row["scan"] for row in rows))
+    figure, axes = plt.subplots(1, len(scans), figsize=(2.9 * len(scans) + 0.6, 3.2), sharey=True)
+    for row in rows:
+        hidden = "" if row["seed"] == rows[0]["seed"] else "_"       # from the legend
+        axes[scans.index(row["scan"])].plot(
+            BACK, [float(row[f"back_{back}"]) for back in BACK], "o-", color=LOOKS[row["model"]],
+            markersize=3, label=hidden + row["model"])
+    for ax, scan in zip(axes, scans):
+        ax.set(title=scan, xlabel="tokens back")
+        ax.axhline(0, color="black", linewidth=0.8)
+    axes[0].set_ylabel("rank correlation of Δ with ink")
+    axes[0].legend()
+    save(path, figure, title)
 
 
-def shifted(reading, what, back):
-    """Δ of each token, and what was there `back` tokens earlier, (b, l - back) both."""
-    strength = reading.strengths[what]
-    return reading.ratio[:, back:], strength[:, :strength.shape[1] - back]
+def correlate_all(states, pairs, images, normalised):
+    """Every scan of every model with the ink that it read: -> rows for results/delta.csv.
 
-
-def correlate(readings):
-    """Rank correlations of Δ with ink and edges, digit by digit: -> rows for results/delta.csv.
-
-    tokens_back      0: of the patch itself. The convolution shows a scan the three tokens before as
-                     well, so Δ may also answer to ink that was read a little earlier
-    place_removed    ink is mostly in the middle, and Δ may depend on the place alone. Here Δ, ink
-                     and edges are taken less their mean at this place over all digits
-    low, high        the 95 % interval of the mean over the digits; seeds differ by much more
-    largest          Δ over its resting value, its 99th percentile over patches and digits
+    images uint8 (b, 1, h, w), and the same as the models read them
     """
     rows = []
-    for r, back, removed in itertools.product(readings, BACK, (False, True)):
-        for what in r.strengths:
-            a, b = shifted(r, what, back)
-            if removed:
-                a, b = a - a.mean(0), b - b.mean(0)
-            rho = rank_correlation(a, b)
-            mean, half = rho.mean().item(), 1.96 * rho.std().item() / len(rho) ** 0.5
-            rows.append({"model": r.model, "checkpoint": r.checkpoint, "seed": r.seed,
-                         "scan": r.scan, "with": what, "tokens_back": back,
-                         "place_removed": removed, "rank_correlation": f"{mean:.3f}",
-                         "low": f"{mean - half:.3f}", "high": f"{mean + half:.3f}",
-                         "largest": f"{r.ratio.quantile(0.99):.3f}", "digits": len(rho)})
+    for state, pair in zip(states, pairs):
+        for look, model in pair.items():
+            for (scan, backward), ratio in read_images(model, normalised).items():
+                patch = images.shape[-1] // math.isqrt(ratio.shape[1])
+                ink = F.avg_pool2d(images.float() / 255, patch).flatten(1)     # (b, l)
+                rows.append({"model": look, "seed": state["recipe"]["seed"], "scan": scan,
+                             **correlate(ratio, ink.flip(1) if backward else ink)})
     return rows
-
-
-def bins(x, y, count=8):
-    """Means of x and y over bins of x: one for x = 0, and equally full ones for the rest."""
-    order = x.argsort()
-    empty = int((x == 0).sum())
-    groups = [order[:empty]] * (empty > 0) + list(order[empty:].tensor_split(count))
-    return torch.tensor([[x[g].mean(), y[g].mean()] for g in groups]).T
-
-
-def draw_ink(path, readings, rows, title):
-    """A column per scan: Δ over ink and over edges, and their rank correlation over tokens back."""
-    from matplotlib.figure import Figure
-    scans = list(dict.fromkeys(r.scan for r in readings))
-    figure = Figure(figsize=(2.9 * len(scans) + 0.6, 8), layout="constrained")
-    axes = figure.subplots(3, len(scans), sharex="row", sharey="row", squeeze=False)
-    for r in readings:
-        column, color = axes[:, scans.index(r.scan)], LOOKS[r.model]
-        named = r.checkpoint == readings[0].checkpoint
-        for ax, what, style in zip(column, r.strengths, ("-", "--")):
-            for back, dots in ((0, ":"), (2, "-")):
-                ratio, strength = shifted(r, what, back)
-                where = f"{back} tokens back" if back else "of its own patch"
-                ax.plot(*bins(strength.flatten(), ratio.flatten()), dots, color=color,
-                        label=f"{r.model}, {where}" if named else None)
-            chosen = [row for row in rows if not row["place_removed"] and (row["model"], row[
-                "checkpoint"], row["scan"], row["with"]) == (r.model, r.checkpoint, r.scan, what)]
-            rho, low, high = ([float(row[key]) for row in chosen]
-                              for key in ("rank_correlation", "low", "high"))
-            column[2].plot(BACK, rho, style, color=color,
-                           label=f"{r.model}, with {what}" if named else None)
-            column[2].fill_between(BACK, low, high, color=color, alpha=0.3, linewidth=0)
-        column[2].axhline(0, color="black", linewidth=0.8)
-        column[0].set_title(r.scan)
-    for row, label in zip(axes, ("ink: mean brightness, 0 … 1", "edges: mean slope per pixel",
-                                 "tokens back")):
-        row[0].set_ylabel("Δ / its resting value")
-        for ax in row:
-            ax.set_xlabel(label)
-            ax.grid(alpha=0.3)
-    axes[2, 0].set_ylabel("rank correlation with Δ")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    axes[2, -1].legend(frameon=False, fontsize=7)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110, format="png")
-
-
-def draw_frame(figure, pixels, seen, step):
-    """What is known after so many tokens: where each scan reads, its Δ so far, its changes of h.
-
-    seen holds, for two scans, label, backward, Δ over resting (l,), change of h (l,), as it reads.
-    """
-    from matplotlib.patches import Rectangle
-    figure.clear()
-    length, size = len(seen[0][2]), pixels.shape[0]
-    side = math.isqrt(length)
-    patch, highest = size // side, max(moves.max().item() for *_, moves in seen)
-    norm = gate_scale(delta for _, _, delta, _ in seen)
-    axes = [figure.add_axes((0.03 + 0.31 * i, 0.4, 0.27, 0.46)) for i in range(3)]
-    below = figure.add_axes((0.1, 0.12, 0.81, 0.21))
-    axes[0].imshow(pixels.numpy(), cmap="gray_r", extent=(0, size, size, 0))
-    axes[0].set_title(f"after {step} of {length} tokens", fontsize=9)
-    for ax, color, (label, backward, delta, moves) in zip(axes[1:], ("#17becf", "#ff7f0e"), seen):
-        place = length - step if backward else step - 1
-        axes[0].add_patch(Rectangle((place % side * patch, place // side * patch), patch, patch,
-                                    fill=False, edgecolor=color, linewidth=2.5))
-        known = torch.where(torch.arange(length) < step, delta, math.nan)
-        shown = ax.imshow(on_grid(known, backward).numpy(), cmap="RdBu_r", norm=norm,
-                          extent=(0, size, size, 0))
-        ax.set_facecolor("0.85")
-        ax.set_title(f"Δ / resting, {label}", fontsize=9, color=color)
-        below.plot(range(1, step + 1), moves[:step], "o-", color=color, markersize=2.5)
-    for ax in axes:
-        ax.set(xticks=[], yticks=[])
-    figure.colorbar(shown, figure.add_axes((0.925, 0.4, 0.015, 0.46)))
-    below.set(xlim=(0, length + 1), ylim=(0, 1.05 * highest), xlabel="tokens read",
-              ylabel="change of h")
-    below.grid(alpha=0.3)
-
-
-def animate(path, pixels, seen, title):
-    """The digit, read by both scans of a layer: Δ and the change of h as they happen."""
-    from matplotlib.animation import PillowWriter
-    from matplotlib.figure import Figure
-    length, figure, writer = len(seen[0][2]), Figure(figsize=(7, 4)), PillowWriter(fps=6)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as folder:
-        whole = os.path.join(folder, "scan.gif")           # the writer wants a name that ends so
-        with writer.saving(figure, whole, dpi=80):
-            for step in [*range(1, length + 1)] + [length] * 9:
-                draw_frame(figure, pixels, seen, step)
-                figure.suptitle(title, fontsize=10)
-                writer.grab_frame()
-        os.replace(whole, path)
-
-
-def load_classifiers(paths, device):
-    """-> [(checkpoint, seed, trained, untrained)], and the settings, which differ in seed alone."""
-    models, first = [], None
-    for path in paths:
-        trained, untrained, settings = load_classifier(path, device)
-        first = first or settings
-        other = [key for key in settings if settings[key] != first.get(key) and key != "seed"]
-        if other:
-            raise UserError(f"{path} and {paths[0]} differ in {', '.join(other)}, and those looked "
-                            f"at together may differ in the seed alone: choose with --checkpoint")
-        models.append((path, settings["seed"], trained, untrained))
-    return models, first
 
 
 def look_at_digits(args, device):
     """Figures of Δ on one digit and on a thousand, the animation, and results/delta.csv."""
-    paths = find_classifiers(args)
-    models, settings = load_classifiers(paths, device)
-    data = load_images(paths[0], settings, args)
-    image = choose_digit(data, args.digit, args.index).to(device)
-    (_, _, trained, untrained), pixels = models[0], image[0, 0].cpu()
-    with watch(trained) as scans, torch.no_grad():
-        answer = trained(normalize(image)).argmax(1).item()
-    seen = [(*direction(name, trained), (gate(scan) / resting(scan))[0].detach().cpu(),
-             changes(scan)[0].cpu()) for name, scan in list(scans.items())[-2:]]
-    gates = {"trained": read_images(trained, image), "untrained": read_images(untrained, image)}
-    title = (f"{settings['dataset']}, test image {args.index} of digit {args.digit}; the model "
-             f"says {answer}")
-    print(f"digits: {title}\nfrom {', '.join(paths)}", flush=True)
-    readings = list(read_all(models, data.test_images[:1000].to(device)))
-    rows = correlate(readings)
-    for row in rows:
-        row.update(direction=settings["model"], dataset=settings["dataset"],
-                   device=describe(device), torch=str(torch.__version__),
-                   command="python visualize_delta.py --task digits --checkpoint "
-                           + " ".join(map(shlex.quote, paths)))
-    name = f"-{settings['dataset']}" * (settings["dataset"] != "mnist")
-    name += "-causal" * (settings["model"] == "causal")
-    which = name + f"-{args.digit}-{args.index}" * ((args.digit, args.index) != (7, 0))
-    keep(f"results/delta{name}.csv", write_rows, rows)
-    keep(f"figures/delta_ink{name}.png", draw_ink, readings, rows,
-         f"{settings['dataset']}: the patches of {rows[0]['digits']:,} test digits; a line per "
-         f"model, seeds {', '.join(str(seed) for _, seed, *_ in models)}")
-    keep(f"figures/delta_digit{which}.png", draw_digit, pixels, gates, title)
-    keep(f"figures/scan{which}.gif", animate, pixels, seen, title)
-    print_correlations(rows)
+    names = ("mnist", "synthetic_digits", "mnist_quick", "synthetic_digits_quick")
+    states = open_checkpoints(args, [f"{name}-bidirectional" for name in names],
+                              "python train_mnist.py")
+    data, name = load_digits(states[0], args.data_dir), states[0]["data"].split(":")[0]
+    pairs = [make_pair(state, lambda: train_mnist.build(state["recipe"], data).to(device))
+             for state in states]
+
+    def normalised(images):
+        return train_mnist.prepare(states[0]["recipe"], data, images, None)[0].to(device)
+
+    images = data.test_images[:1000]
+    rows = correlate_all(states, pairs, images, normalised(images))
+    suffix = "" if name == "mnist" else "_" + name.replace("-", "_")
+    keep(f"results/delta{suffix}.csv", rows, digits=len(images), dataset=name,
+         device=describe(device), torch=torch.__version__)
+    draw_ink(f"figures/delta_ink{suffix}.png", rows,
+             f"{name}: the patches of {len(images):,} test digits, a line per model")
+
+    places = (data.test_labels == args.digit).nonzero().flatten()
+    if args.index >= len(places):
+        sys.exit(f"visualize_delta.py: {name} has {len(places)} test images of a {args.digit}: "
+                 f"--index must be 0 … {len(places) - 1}")
+    image = data.test_images[places[args.index]][None]                         # (1, 1, h, w)
+    gates = {look: read_images(model, normalised(image)) for look, model in pairs[0].items()}
+    with watch(pairs[0]["trained"]) as scans, torch.no_grad():
+        answer = pairs[0]["trained"](normalised(image)).argmax(1).item()
+    if (args.digit, args.index) != (7, 0):
+        suffix += f"_{args.digit}_{args.index}"
+    draw_digit(f"figures/delta_digit{suffix}.png", image[0, 0], gates, f"{name}, test image "
+               f"{args.index} of digit {args.digit}; the model says {answer}")
+    animate(f"figures/scan{suffix}.gif", image[0, 0], dict(list(gates["trained"].items())[-2:]),
+            [changes(scan).cpu() for scan in list(scans.values())[-2:]])       # the last layer
 
 
-def print_correlations(rows):
-    """The README's table: with the ink, the mean over the models and the lowest and highest."""
-    def cell(*key):
-        rho = [float(row["rank_correlation"]) for row in rows if key == (
-            row["scan"], row["model"], row["with"], row["tokens_back"], row["place_removed"])]
-        spread = f" ({min(rho):.2f} … {max(rho):.2f})" * (len(rho) > 1)
-        return f"{sum(rho) / len(rho):.2f}{spread}"
+# --------------------------------------------------------------------------------------------------
+# Text: at which characters does the gate open?
+#
+# One might guess: at the ends of words, at line breaks, at names. The passage lets one look, and
+# the means over the whole validation text, by kind of character, say whether it was chance.
 
-    print("\nrank correlation of Δ with the ink read so many tokens back: mean (lowest … highest)")
-    print_table(["scan", "model", *map(str, BACK), "2, place removed"],
-                [[scan, name, *(cell(scan, name, "ink", back, False) for back in BACK),
-                  cell(scan, name, "ink", 2, True)]
-                 for scan, name in dict.fromkeys((r["scan"], r["model"]) for r in rows)])
+KINDS = ("letter in a word", "first letter", "speaker's name", "space", "line break", "colon",
+         "other")
+PASSAGE = slice(1, 59)                   # of the validation text: its beginning, but for a "?"
+
+
+def kinds_of(string):
+    """The kind of each character: -> [one of KINDS].
+
+    A speaker's name has a line of its own, after an empty one and up to a colon. An apostrophe
+    counts as part of a word: the d of "call'd" is no first letter.
+    """
+    speakers, kinds = set(), []
+    for match in re.finditer(r"(?m)(?<=\n\n)[^\n:]+:$", string):
+        speakers.update(range(*match.span()))
+    for place, (before, character) in enumerate(zip("\n" + string, string)):
+        if not character.isalpha():
+            kinds.append({" ": "space", "\n": "line break", ":": "colon"}.get(character, "other"))
+        elif place in speakers:
+            kinds.append("speaker's name")
+        else:
+            inside = before.isalpha() or before == "'"
+            kinds.append("letter in a word" if inside else "first letter")
+    return kinds
+
+
+@torch.no_grad()
+def read_text(model, tokens, piece=4096):
+    """Δ of each layer over its resting value, (layers, l), for tokens (l,) read as one stream."""
+    states, pieces = None, []
+    with watch(model) as scans:
+        for part in tokens.split(piece):           # the state goes on, the memory does not grow
+            _, states = model(part[None], states)
+            pieces.append(torch.stack([(gate(s) / resting(s))[0].cpu() for s in scans.values()]))
+    return torch.cat(pieces, 1)
+
+
+def draw_text(path, string, curves, rows, title):
+    """A row per layer: left Δ along a passage, right its mean by kind of character, all seeds.
+
+    curves {"trained": Δ over its resting value (layers, l), "untrained": …}; rows as in the CSV
+    """
+    layers = len(curves["trained"])
+    figure, axes = plt.subplots(layers, 2, figsize=(13, 1.9 * layers + 0.4), width_ratios=(4.6, 1),
+                                sharex="col", sharey="col", squeeze=False)
+    signs = [{"\n": "↵", " ": "·"}.get(character, character) for character in string]
+    for layer, (left, right) in enumerate(axes):
+        for look, color in LOOKS.items():
+            left.plot(curves[look][layer], "o-", color=color, markersize=3, linewidth=1, label=look)
+            for row in rows:
+                if (row["model"], row["layer"]) == (look, layer + 1):
+                    right.plot([float(row[kind]) for kind in KINDS], KINDS, "o", color=color,
+                               markersize=5, alpha=0.6)
+        left.set_xticks(range(len(signs)), signs, family="monospace", fontsize=12)
+        left.tick_params(labelbottom=True, length=0)       # the characters under every layer
+        left.set(title=f"layer {layer + 1}", ylabel="Δ / its resting value", xlim=(-1, len(signs)))
+    axes[0, 0].legend(ncols=2)
+    axes[0, 1].set_title("mean over the text")
+    axes[0, 1].invert_yaxis()
+    axes[-1, 1].set_xlabel("a dot per seed")
+    save(path, figure, title)
+
+
+def look_at_text(args, device):
+    """Δ of every layer over the validation text: a figure, and results/delta_text.csv."""
+    names = ("shakespeare", "synthetic_pydoc", "shakespeare_quick", "synthetic_pydoc_quick")
+    states = open_checkpoints(args, names, "python train_shakespeare.py")
+    name, rows, passages = states[0].get("text", "?").split(":")[0], [], []
+    text = load_text(args.data_dir, "synthetic" if "pydoc" in name else "real", None)
+    if any(state.get("vocabulary") != text.vocabulary for state in states):
+        sys.exit("visualize_delta.py: only a model of Shakespeare or of Python's help texts can be "
+                 "looked at: name another by --checkpoint")
+    string = "".join(text.vocabulary[token] for token in text.valid)
+    kinds = kinds_of(string)
+    masks = {kind: torch.tensor([k == kind for k in kinds]) for kind in KINDS}     # (l,) each
+    for state in states:
+        pair = make_pair(state, lambda: MambaLM(len(text.vocabulary), state["recipe"]["d_model"],
+                                                state["recipe"]["layers"]).to(device))
+        curves = {look: read_text(model, text.valid.to(device)) for look, model in pair.items()}
+        passages.append({look: ratio[:, PASSAGE] for look, ratio in curves.items()})
+        rows += [{"model": look, "seed": state["recipe"]["seed"], "layer": layer,
+                  **{kind: f"{values[mask].mean().item():.3f}" for kind, mask in masks.items()}}
+                 for look, ratio in curves.items() for layer, values in enumerate(ratio, 1)]
+    suffix = "" if name == "shakespeare" else "_" + name.replace("-", "_")
+    keep(f"results/delta_text{suffix}.csv", rows, characters=len(string), text=name,
+         device=describe(device), torch=torch.__version__)
+    draw_text(f"figures/delta_text{suffix}.png", string[PASSAGE], passages[0], rows,
+              f"{name}: the beginning of the validation text, seed {rows[0]['seed']}")
 
 
 # --------------------------------------------------------------------------------------------------
 # The models that are taught to remember: one block, its selection switched off, and an RNN.
+#
+# They differ in one thing each. "priced" has the weights and the data of "unpriced", and only its
+# loss is another. "fixed-delta" can choose what to write, but not how much; "fixed" can choose
+# nothing. The RNN is what came before. All have the same number of parameters, to 1 %.
 
-SYMBOLS = 16                             # the ordinary tokens, 0 … 15
-MARKER, BLANK, ASK = 16, 16, 17          # of the needle; of copying
+SYMBOLS = 16         # the ordinary tokens, 0 … 15
+MARKER = 16          # of the needle
+BLANK, ASK = 16, 17  # of copying
+FLOOR = 1e-9         # smallest Δ that counts: at A = -1 a million such steps forget 0.1 %
 
 MODELS = {  # name: colour, in words
     "unpriced": ("#1f77b4", "selection"),
     "priced": ("#d62728", "selection, and a price on writing"),
     "fixed-delta": ("#ff7f0e", "Δ fixed, B and C selective"),
-    "fixed": ("#9467bd", "Δ, B, C fixed, as in S4"),
+    "fixed": ("#9467bd", "Δ, B, C fixed"),
     "rnn": ("#7f7f7f", "vanilla RNN"),
 }
 
 
 class RNNLM(nn.Module):
-    """What MambaLM is, with the RNN of rnn.py as its body, and as many parameters to 1 %."""
+    """The interface of MambaLM, with the RNN of rnn.py as body and as many parameters, to 1 %."""
 
     def __init__(self, vocabulary, d_model=64, hidden=134, layers=2):
         super().__init__()
@@ -522,9 +528,9 @@ class RNNLM(nn.Module):
         self.body = RNN(d_model, hidden, layers)
         self.head = nn.Linear(hidden, vocabulary)
 
-    def forward(self, tokens, states=None, *, return_state=False):
+    def forward(self, tokens, states=None):
         y, states = self.body.rnn(self.embedding(tokens), states)              # (b, l, hidden)
-        return (self.head(y), states) if return_state else self.head(y)
+        return self.head(y), states
 
 
 def build(name, seed):
@@ -539,23 +545,21 @@ def build(name, seed):
 
 def generator(seed, what, number=0):
     """Random numbers for one purpose, the same in every run."""
-    return torch.Generator().manual_seed(train_mnist.seed_for(seed, what, number))
+    return torch.Generator().manual_seed(seed_for(seed, what, number))
 
 
 def learn(model, optimizer, tokens, answers, price=0.0):
     """One step on tokens (b, l), whose last answers.shape[1] places ask for answers: -> the loss.
 
-    Returned is the loss of the task; reduced is that of the task + price · mean log(Δ + FLOOR).
-    Raises UserError if it is not finite.
+    What is minimised is the loss of the task plus price · mean log(Δ + FLOOR). The logarithm lowers
+    a small Δ by the same factor as a large one: a gate that nothing needs closes altogether.
     """
     with watch(model) as scans:
-        logits = model(tokens)[:, -answers.shape[1]:, :SYMBOLS]
+        logits = model(tokens)[0][:, -answers.shape[1]:, :SYMBOLS]
     loss = task = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
     if price:
         loss = task + price * torch.stack([(scan.delta + FLOOR).log().mean()
                                            for scan in scans.values()]).mean()
-    if not math.isfinite(loss.item()):
-        raise UserError(f"the loss became {loss.item():.3g}: try other --seeds")
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -563,51 +567,38 @@ def learn(model, optimizer, tokens, answers, price=0.0):
     return task.item()
 
 
-def obtain(args, task, name, seed, device, teach, **recipe):
-    """The model of that name, taught now, or with --resume by an earlier run: -> model, facts.
+def taught(args, task, names, teach, device, **recipe):
+    """Every model with every seed, taught now, or before with --resume: yields it and its facts.
 
-    teach(model, name, seed, device, **recipe) -> the greatest length that it came to
-    facts    what every row about this model says
+    teach   (model, name, seed, device, **recipe) -> the greatest length that it came to
+    Yields name, seed, model, facts; the facts stand in every row about this model.
     """
-    path = os.path.join(args.out, f"{task}{'-quick' * args.quick}-{name}-seed{seed}.pt")
-    settings, model = {"model": name, "seed": seed, **recipe}, build(name, seed).to(device)
-    if args.resume and os.path.exists(path):
-        state = read_checkpoint(path)
-        other = [key for key in settings if state["settings"].get(key) != settings[key]]
-        if other:
-            raise UserError(f"{path} was made with another {', '.join(other)}: start without "
-                            f"--resume")
-        try:
-            model.load_state_dict(state["weights"])
-            return model, state["facts"]
-        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-            raise UserError(f"{path} was made by another version of the model "
-                            f"({first_line(error)}): start without --resume") from None
-    if not args.resume:
-        train_mnist.set_aside(path)
-    start = time.perf_counter()
-    length = teach(model, name, seed, device, **recipe)
-    facts = {"params": sum(p.numel() for p in model.parameters()), "steps": recipe["steps"],
-             "taught_up_to": length, "training_seconds": f"{time.perf_counter() - start:.0f}",
-             "device": describe(device), "torch": str(torch.__version__)}
-    state = {"settings": settings, "weights": model.state_dict(), "facts": facts}
-    write_atomically(path, lambda part: torch.save(state, part))
-    return model, facts
-
-
-def progress(text, last=False):
-    """A line that updates in place, on a terminal only; the last one stays."""
-    if sys.stdout.isatty():
-        print(f"\r  {text}  ", end="\n" if last else "", flush=True)
-    elif last:
-        print(f"  {text}", flush=True)
+    for seed, name in itertools.product(args.seeds, names):
+        path = os.path.join(args.out, f"{task}-{name}-seed{seed}.pt")
+        model, start = build(name, seed).to(device), time.perf_counter()
+        if args.resume and os.path.exists(path):
+            try:
+                state = read_checkpoint(path)
+                model.load_state_dict(state["weights"])
+            except Exception as error:   # damaged, or made by another version of this file
+                sys.exit(f"visualize_delta.py: cannot use {path} ({first_line(error)}): start "
+                         f"without --resume")
+        else:
+            length = teach(model, name, seed, device, **recipe)
+            facts = {"params": sum(p.numel() for p in model.parameters()),
+                     "steps": recipe["steps"], "taught_up_to": length,
+                     "training_seconds": f"{time.perf_counter() - start:.0f}",
+                     "device": describe(device), "torch": str(torch.__version__)}
+            state = {"weights": model.state_dict(), "facts": facts}
+            write(path, lambda part: torch.save(state, part))
+        yield name, seed, model, state["facts"]
 
 
 @torch.no_grad()
 def along(model, tokens):
     """Δ and change of h at each token of one sequence, tokens (1, l): -> two lists of (l,) a layer.
 
-    What is under FLOOR is set to FLOOR, for the sake of a logarithmic axis.
+    What is under FLOOR is set to FLOOR, since the axis is logarithmic.
     """
     with watch(model) as scans:
         model(tokens)
@@ -617,9 +608,8 @@ def along(model, tokens):
 
 def draw_along(path, panels, marks, marked, title):
     """A column per model: above Δ, below the change of h; panels {name: what `along` gave}."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(3.1 * len(panels) + 0.6, 5), layout="constrained")
-    axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
+    figure, axes = plt.subplots(2, len(panels), figsize=(3.1 * len(panels) + 0.6, 5), sharex=True,
+                                sharey="row", squeeze=False)
     for column, (name, curves) in zip(axes.T, panels.items()):
         for ax, layers in zip(column, curves):
             for layer, (values, color) in enumerate(zip(layers, LAYERS), 1):
@@ -628,34 +618,27 @@ def draw_along(path, panels, marks, marked, title):
                 ax.axvline(place, color="#ffd92f", linewidth=5, alpha=0.5, zorder=0,
                            label=None if i else marked)
             ax.set_yscale("log")
-            ax.grid(alpha=0.3)
-        column[0].set_title(MODELS[name][1] if name in MODELS else name, fontsize=10)
+        column[0].set_title(MODELS[name][1] if name in MODELS else name)
         column[1].set_xlabel("token")
     axes[0, 0].set_ylabel("Δ, mean over channels")
     axes[1, 0].set_ylabel("change of h, ‖h_t - h_{t-1}‖")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{title}; what is under {FLOOR:.0e} is drawn there", fontsize=10)
-    figure.savefig(path, dpi=110, format="png")
-
-
-def print_table(head, rows):
-    """A table in Markdown, as it stands in the README."""
-    print("\n" + "\n".join("| " + " | ".join(row) + " |"
-                           for row in (head, ["---"] * len(head), *rows)), flush=True)
-
-
-def print_result(row):
-    print("RESULT " + " ".join(f"{key}={value}" for key, value in row.items()
-                               if key not in ("device", "torch", "command")), flush=True)
+    axes[0, 0].legend()
+    save(path, figure, f"{title}; what is under {FLOOR:.0e} is drawn there")
 
 
 # --------------------------------------------------------------------------------------------------
 # A needle in a haystack: a marker, then the symbol to remember, and the marker again at the end.
+#
+# To find a needle a model must write at two tokens and then leave its state alone, for as long as
+# it takes: what a gate is for. A leak that costs nothing at length 256 is multiplied by 4,096 at a
+# million. So what is learned on short haystacks is tested on long ones.
 
 TAUGHT = (8, 16, 32, 64, 128, 256)       # lengths in training
 FULL, QUICK = (600, 4096, 20), (300, 2048, 12)     # steps, tokens a step, log₂ of greatest length
-PIECE = 2 ** 14                          # tokens that are evaluated at a time
-NEAR = 5             # the marker, its symbol, and three tokens: so far the convolution sees them
+SHORTEST = 6         # log₂ of the smallest length that is tested
+DEPTHS = 8           # into which a haystack is divided in figures/needle_grid.png
+PIECE = 2 ** 14      # tokens that are evaluated at a time
+NEAR = 5             # the marker, its symbol, and the three tokens whose convolution reaches them
 
 
 def haystacks(length, places, answers, random, piece=None):
@@ -666,6 +649,7 @@ def haystacks(length, places, answers, random, piece=None):
     piece = piece or length
     for start in range(0, length, piece):
         tokens = torch.randint(SYMBOLS, (len(places), min(piece, length - start)), generator=random)
+        # Marker, answer and question, each in the rows where it falls into this piece.
         for at, symbol in ((places, MARKER), (places + 1, answers), (length - 1, MARKER)):
             column = torch.as_tensor(at - start).expand(len(places))
             rows = ((column >= 0) & (column < tokens.shape[1])).nonzero().flatten()
@@ -684,7 +668,7 @@ def teach_needle(model, name, seed, device, steps, tokens_per_step):
     """The length doubles when the loss falls under 0.05: -> the greatest one that was solved.
 
     After 256, lengths are drawn at random, so that none is forgotten; and only then is there a
-    price, for the model that pays one.
+    price, for the model that pays one. Earlier, it could shut the gates before the task is learned.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0)
     random, level = generator(seed, "needle"), 0
@@ -695,9 +679,9 @@ def teach_needle(model, name, seed, device, steps, tokens_per_step):
         loss = learn(model, optimizer, tokens.to(device), answers[:, None].to(device),
                      0.01 if last and name == "priced" else 0.0)
         level += not last and loss < 0.05
-        if step % 10 == 0 or step == steps:
-            progress(f"{name} seed {seed}  step {step}/{steps}  length {length}  loss {loss:.4f}",
-                     step == steps)
+        if step % 100 == 0:
+            print(f"  {name} seed {seed}  step {step}/{steps}  length {length}  loss {loss:.4f}",
+                  flush=True)
     return TAUGHT[level - 1] if level else 0
 
 
@@ -709,7 +693,7 @@ def read(model, pieces, device):
     """
     states = None
     for tokens in pieces:
-        logits, states = model(tokens.to(device), states, return_state=True)
+        logits, states = model(tokens.to(device), states)
     return logits[:, -1, :SYMBOLS].cpu()
 
 
@@ -723,23 +707,23 @@ def find_needles(model, length, count, seed, device):
 
 
 def ask_at_all_lengths(model, name, seed, longest, device, facts):
-    """Rows for results/needle.csv, and what was found: [(length, bool (haystacks,))].
+    """Rows for results/needle.csv; and percent found by length and depth, (lengths, DEPTHS).
 
-    A model that finds less than 20 % is guessing, and is not asked at greater lengths.
+    A model under 20 % is guessing, and is not tested at greater lengths: there found is NaN.
     """
-    rows, found = [], []
-    for length in (2 ** i for i in range(6, longest + 1)):
-        start, count = time.perf_counter(), 64 if length <= 2 ** 16 else 16
+    rows, found = [], torch.full((longest - SHORTEST + 1, DEPTHS), math.nan)
+    for i in range(len(found)):
+        length, start = 2 ** (SHORTEST + i), time.perf_counter()
+        count = 64 if length <= 2 ** 16 else 16
         right = find_needles(model, length, count, seed, device)
-        seconds, accuracy = time.perf_counter() - start, 100 * right.float().mean().item()
-        found.append((length, right))
+        found[i] = 100 * right.view(DEPTHS, -1).float().mean(1)
+        accuracy, seconds = found[i].mean().item(), time.perf_counter() - start
         rows.append({"model": name, "seed": seed, "length": length, "haystacks": count,
                      "accuracy": f"{accuracy:.1f}", "seconds": f"{seconds:.1f}", **facts})
-        progress(f"{name} seed {seed}  length {length:,}  {accuracy:.1f} % of {count} found  "
-                 f"{seconds:.0f} s", length == 2 ** longest or accuracy < 20)
+        print(f"RESULT model={name} seed={seed} length={length} accuracy={accuracy:.1f}",
+              flush=True)
         if accuracy < 20:
             break
-    print_result(rows[-1])
     return rows, found
 
 
@@ -749,7 +733,8 @@ def gates_at_needles(model, name, seed, device, count=100, length=1024):
 
     At the needle is the largest Δ of the NEAR tokens that see it, elsewhere the median of the
     others, and the ratio counts a Δ under FLOOR as FLOOR. The question at the end is left out.
-    share_of_change_percent: how much of Σ ‖h_t - h_{t-1}‖ falls to those NEAR tokens.
+    share_of_change_percent: how much of Σ ‖h_t - h_{t-1}‖ falls to those NEAR tokens; empty where
+    the state never changes, because the layer's gate is shut.
     """
     tokens, places, _ = random_needles(count, length, generator(seed, "gates"))
     with watch(model) as scans:
@@ -762,128 +747,90 @@ def gates_at_needles(model, name, seed, device, count=100, length=1024):
         elsewhere = delta.masked_fill(near, math.nan).nanmedian(1).values
         ratio = there.clamp(min=FLOOR) / elsewhere.clamp(min=FLOOR)
         low, high = ratio.quantile(torch.tensor([0.05, 0.95])).tolist()
-        share = (moves * near).sum() / moves.sum()
+        share = f"{100 * (moves * near).sum() / moves.sum():.1f}"
         rows.append({"model": name, "seed": seed, "layer": layer, "haystacks": count,
                      "delta_at_needle": f"{there.median():.3g}",
                      "delta_elsewhere": f"{elsewhere.median():.3g}",
                      "needle_over_median": f"{ratio.median():.4g}",
                      "quantile_5": f"{low:.4g}", "quantile_95": f"{high:.4g}",
-                     "share_of_change_percent": f"{100 * share:.1f}"
-                     if moves.sum() / count > FLOOR else ""})          # the layer is shut
+                     "share_of_change_percent": share if moves.sum() / count > FLOOR else ""})
     return rows
 
 
 def draw_lengths(path, found):
-    """Needles found over length: a line per model and seed."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    ax, named = figure.subplots(), set()
-    for (name, _), pairs in found.items():
+    """Needles found over length, a line per model and seed: {(name, seed): (lengths, DEPTHS)}."""
+    figure, ax = plt.subplots(figsize=(8, 4.2))
+    seeds = list(dict.fromkeys(seed for _, seed in found))
+    for (name, seed), grid in found.items():
         color, words = MODELS[name]
-        ax.plot(*zip(*[(length, 100 * right.float().mean()) for length, right in pairs]), "o-",
-                color=color, alpha=0.7, markersize=4, label=None if name in named else words)
-        named.add(name)
+        ax.plot(2.0 ** (SHORTEST + torch.arange(len(grid))), grid.mean(1), "o-", color=color,
+                alpha=0.7, markersize=4, label=words if seed == seeds[0] else None)
     ax.set_xscale("log", base=2)
-    ax.axvspan(2 ** 6, TAUGHT[-1], color="0.9", zorder=0, label="lengths of the training")
+    ax.axvspan(2 ** SHORTEST, TAUGHT[-1], color="0.9", zorder=0, label="lengths of the training")
     ax.axhline(100 / SYMBOLS, color="black", linestyle=":", linewidth=1, label="guessing")
     ax.set(xlabel="length of the haystack (tokens)", ylabel="needles found (%)", ylim=(-3, 103))
-    ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    seeds = ", ".join(str(seed) for seed in dict.fromkeys(seed for _, seed in found))
-    ax.set_title(f"a line per model and seed ({seeds})", fontsize=10)
-    figure.savefig(path, dpi=110, format="png")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(path, figure, f"a line per model and seed ({', '.join(map(str, seeds))})")
 
 
-def depth_grid(rights, depths=8):
-    """[bool (haystacks,)] a seed -> percent found by depth, (depths,), the earliest first."""
-    parts = torch.stack(rights).float().mean(0).tensor_split(depths)
-    return 100 * torch.stack([part.mean() for part in parts])
-
-
-def draw_grid(path, found, longest):
-    """Needles found by depth and by length; white where not every seed was asked."""
-    from matplotlib.figure import Figure
+def draw_grid(path, found):
+    """Needles found by depth and by length, mean over seeds; white where one was not tested."""
     names = list(dict.fromkeys(name for name, _ in found))
-    figure = Figure(figsize=(2.9 * len(names) + 1, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for ax, name in zip(axes, names):
-        runs = [dict(pairs) for (model, _), pairs in found.items() if model == name]
-        columns = [depth_grid([run[2 ** i] for run in runs]) if all(2 ** i in run for run in runs)
-                   else torch.full((8,), math.nan) for i in range(6, longest + 1)]
-        shown = ax.imshow(torch.stack(columns, 1).numpy(), cmap="RdYlBu", vmin=0, vmax=100,
-                          aspect="auto", extent=(5.5, longest + 0.5, 100, 0))
-        ax.set_title(MODELS[name][1], fontsize=9)
-        ax.set_xlabel("length, tokens")
-        ax.set_xticks(range(6, longest + 1, 4), [f"$2^{{{i}}}$" for i in range(6, longest + 1, 4)])
-    axes[0].set_ylabel("depth of the needle (%)")
+    figure, axes = plt.subplots(1, len(names), figsize=(2.9 * len(names) + 1, 3.2), sharey=True,
+                                squeeze=False)
+    for ax, name in zip(axes[0], names):
+        mean = torch.stack([grid for (model, _), grid in found.items() if model == name]).mean(0)
+        powers = range(SHORTEST, SHORTEST + len(mean))
+        shown = ax.imshow(mean.T, cmap="RdYlBu", vmin=0, vmax=100, aspect="auto",
+                          extent=(powers[0] - 0.5, powers[-1] + 0.5, 100, 0))
+        ax.set(title=MODELS[name][1], xlabel="length, tokens")
+        ax.grid(False)
+        ax.set_xticks(powers[::4], [f"$2^{{{power}}}$" for power in powers[::4]])
+    axes[0, 0].set_ylabel("depth of the needle (%)")
     figure.colorbar(shown, ax=axes, label="found (%)")
-    figure.savefig(path, dpi=110, format="png")
+    save(path, figure)
 
 
 def look_for_needles(args, device):
-    """Teach every model, ask it at every length, and look at its gates: tables and figures."""
-    names, quick = (["priced"], "-quick") if args.quick else (list(MODELS), "")
+    """Teach every model, ask it at every length, and look at its gates: rows and figures."""
     steps, batch, longest = QUICK if args.quick else FULL
-    print(f"needle: 2 layers, d_model 64, {steps} steps of {batch} tokens, lengths up to "
-          f"{TAUGHT[-1]}; loss of a blind guess ln {SYMBOLS} = {math.log(SYMBOLS):.4f}; "
-          f"seeds {args.seeds}; {describe(device)}, torch {torch.__version__}", flush=True)
-    rows, gates, found, first = [], [], {}, {}
-    for seed in dict.fromkeys(args.seeds):
-        for name in ["untrained"] + names:
-            if name == "untrained":
-                model = build("unpriced", seed).to(device)
-            else:
-                model, facts = obtain(args, "needle", name, seed, device, teach_needle,
-                                      steps=steps, tokens_per_step=batch)
-                new, found[name, seed] = ask_at_all_lengths(model, name, seed, longest, device,
-                                                            facts)
-                rows += new
-            if name != "rnn":
-                gates += gates_at_needles(model, name, seed, device)
-                first.setdefault(name, model)
-        for row in (row for row in rows + gates if row["seed"] == seed):
-            row["command"] = (f"python visualize_delta.py --task needle --seeds {seed}"
-                              + " --quick" * args.quick)
-    place, seed = 341, args.seeds[0]
+    names, quick = (["priced"], "_quick") if args.quick else (list(MODELS), "")
+    print(f"needle: {steps} steps of {batch} tokens, seeds {args.seeds}; loss of a blind guess "
+          f"ln {SYMBOLS} = {math.log(SYMBOLS):.4f}", flush=True)
+    rows, gates, found = [], [], {}
+    models = {("untrained", seed): build("unpriced", seed).to(device) for seed in args.seeds}
+    for name, seed, model, facts in taught(args, f"needle{quick}", names, teach_needle, device,
+                                           steps=steps, tokens_per_step=batch):
+        new, found[name, seed] = ask_at_all_lengths(model, name, seed, longest, device, facts)
+        rows += new
+        if name != "rnn":                # it has no Δ
+            models[name, seed] = model
+    for (name, seed), model in models.items():             # the untrained ones are the control
+        gates += gates_at_needles(model, name, seed, device)
+    place, seed = 341, args.seeds[0]     # a third of the way in, for the figure
     tokens = next(haystacks(1024, torch.tensor([place]), torch.tensor([7]),
                             generator(seed, "one haystack"))).to(device)
-    panels = {name: along(model, tokens) for name, model in first.items()}
-    keep(f"results/needle{quick}.csv", write_rows, rows)
-    keep(f"results/needle_delta{quick}.csv", write_rows, gates)
-    keep(f"figures/needle_delta{quick}.png", draw_along, panels, [place + 1], "needle",
-         f"one haystack, seed {seed}")
-    keep(f"figures/needle_lengths{quick}.png", draw_lengths, found)
-    keep(f"figures/needle_grid{quick}.png", draw_grid, found, longest)
-    print_needles(rows, gates, len(set(args.seeds)))
-
-
-def print_needles(rows, gates, seeds):
-    """The README's tables. A length that not every seed was asked at stays empty."""
-    def cell(name, length):
-        values = [float(row["accuracy"]) for row in rows
-                  if (row["model"], row["length"]) == (name, length)]
-        return mean_sd(values, digits=1) if len(values) == seeds else "–"
-
-    lengths = list(dict.fromkeys(row["length"] for row in rows))[::2]
-    print_table(["needles found, %", *(f"{length:,}" for length in lengths)],
-                [[MODELS[name][1], *(cell(name, length) for length in lengths)]
-                 for name in dict.fromkeys(row["model"] for row in rows)])
-    print_table(["model", "seed", "layer", "Δ at the needle", "Δ elsewhere",
-                 "ratio (5 … 95 % of the haystacks)", "share of the change of h, %"],
-                [[row["model"], str(row["seed"]), str(row["layer"]), row["delta_at_needle"],
-                  row["delta_elsewhere"], f"{row['needle_over_median']} ({row['quantile_5']} … "
-                  f"{row['quantile_95']})", row["share_of_change_percent"] or "–"]
-                 for row in gates])
+    keep(f"results/needle{quick}.csv", rows)
+    keep(f"results/needle_delta{quick}.csv", gates)
+    draw_along(f"figures/needle_delta{quick}.png",
+               {name: along(model, tokens) for (name, s), model in models.items() if s == seed},
+               [place + 1], "needle", f"one haystack, seed {seed}")
+    draw_lengths(f"figures/needle_lengths{quick}.png", found)
+    draw_grid(f"figures/needle_grid{quick}.png", found)
 
 
 # --------------------------------------------------------------------------------------------------
-# Selective copying: symbols among blanks, to be repeated in order (section 4.1.1 of the paper).
+# Selective copying: symbols among blanks, to be repeated in order.
+#
+# A model that treats all tokens alike can repeat what came a fixed number of tokens ago. Here the
+# distances are random: it must pass over the blanks, or they take up its state.
 
 COPIED = 16          # symbols to repeat
 
 
 def scattered(count, length, random):
     """-> tokens (count, length + COPIED), places of the symbols and the symbols (count, COPIED)."""
+    # The first 16 of a random order of all places are 16 different places at random.
     places = torch.rand(count, length, generator=random).argsort(1)[:, :COPIED].sort(1).values
     symbols = torch.randint(SYMBOLS, (count, COPIED), generator=random)
     tokens = torch.full((count, length + COPIED), BLANK)
@@ -894,6 +841,7 @@ def scattered(count, length, random):
 def teach_copying(model, name, seed, device, steps, length):
     """From 30 % to 70 % of the steps the length grows from 16 (no blanks): -> the last length.
 
+    Without blanks the task is plain copying, and easy; the distances then grow little by little.
     The learning rate rises to 1e-2 in 50 steps, and falls to 0 along a cosine.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
@@ -905,9 +853,9 @@ def teach_copying(model, name, seed, device, steps, length):
         now = COPIED + round((length - COPIED) * grown)
         tokens, _, symbols = scattered(max(4, 4096 // (now + COPIED)), now, random)
         loss = learn(model, optimizer, tokens.to(device), symbols.to(device))
-        if step % 10 == 0 or step == steps:
-            progress(f"{name} seed {seed}  step {step}/{steps}  length {now}  loss {loss:.4f}",
-                     step == steps)
+        if step % 100 == 0:
+            print(f"  {name} seed {seed}  step {step}/{steps}  length {now}  loss {loss:.4f}",
+                  flush=True)
     return now
 
 
@@ -917,7 +865,7 @@ def copied(model, length, seed, device, count=1024):
     random, right = generator(seed, "copied", length), []
     for _ in range(0, count, 16):
         tokens, _, symbols = scattered(16, length, random)
-        logits = model(tokens.to(device))[:, -COPIED:, :SYMBOLS]
+        logits = model(tokens.to(device))[0][:, -COPIED:, :SYMBOLS]
         right.append(logits.argmax(-1).cpu() == symbols)
     return torch.cat(right)
 
@@ -925,89 +873,78 @@ def copied(model, length, seed, device, count=1024):
 def look_at_copying(args, device):
     """Selection on and off side by side: results/copying.csv and a figure."""
     steps, length = (60 if args.quick else 3000), args.length or (32 if args.quick else 256)
-    suffix = f"-length-{length}" * (length != 256) + "-quick" * args.quick
-    print(f"copying: {COPIED} symbols among {length} tokens, {steps} steps; seeds {args.seeds}; "
-          f"{describe(device)}, torch {torch.__version__}", flush=True)
+    suffix = ("" if length == 256 else f"_length_{length}") + ("_quick" if args.quick else "")
+    print(f"copying: {COPIED} symbols among {length} tokens, {steps} steps, seeds {args.seeds}; "
+          f"loss of a blind guess ln {SYMBOLS} = {math.log(SYMBOLS):.4f}", flush=True)
     rows, first = [], {"untrained": build("unpriced", args.seeds[0]).to(device)}
-    for seed in dict.fromkeys(args.seeds):
-        for name in ("unpriced", "fixed"):
-            model, facts = obtain(args, f"copying-{length}", name, seed, device, teach_copying,
-                                  steps=steps, length=length)
-            first.setdefault(name, model)
-            right = copied(model, length, seed, device).float()
-            rows.append({"model": name, "seed": seed, "length": length, "sequences": len(right),
-                         "accuracy": f"{100 * right.mean().item():.2f}",
-                         "whole_sequences": f"{100 * right.amin(1).mean().item():.2f}", **facts,
-                         "command": f"python visualize_delta.py --task copying --length {length} "
-                                    f"--seeds {seed}" + " --quick" * args.quick})
-            print_result(rows[-1])
+    for name, seed, model, facts in taught(args, f"copying{suffix}", ("unpriced", "fixed"),
+                                           teach_copying, device, steps=steps, length=length):
+        first.setdefault(name, model)    # the figure shows those of the first seed
+        right = copied(model, length, seed, device).float()
+        accuracy, whole = 100 * right.mean().item(), 100 * right.amin(1).mean().item()
+        rows.append({"model": name, "seed": seed, "length": length, "sequences": len(right),
+                     "accuracy": f"{accuracy:.2f}", "whole_sequences": f"{whole:.2f}", **facts})
+        print(f"RESULT model={name} seed={seed} length={length} accuracy={accuracy:.2f}",
+              flush=True)
     tokens, places, _ = scattered(1, length, generator(args.seeds[0], "one sequence"))
-    panels = {name: along(model, tokens.to(device)) for name, model in first.items()}
-    keep(f"results/copying{suffix}.csv", write_rows, rows)
-    keep(f"figures/copying{suffix}.png", draw_along, panels, places[0].tolist(), "symbol to repeat",
-         f"one sequence, seed {args.seeds[0]}, its answer from token {length} on")
-    print_table(["", "symbols right, %", "whole sequences right, %"],
-                [[MODELS[name][1], *(mean_sd([float(row[what]) for row in rows
-                                              if row["model"] == name])
-                                     for what in ("accuracy", "whole_sequences"))]
-                 for name in ("unpriced", "fixed")])
+    keep(f"results/copying{suffix}.csv", rows)
+    draw_along(f"figures/copying{suffix}.png",
+               {name: along(model, tokens.to(device)) for name, model in first.items()},
+               places[0].tolist(), "symbol to repeat",
+               f"one sequence, seed {args.seeds[0]}, its answer from token {length} on")
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line.
 
-TASKS = {"digits": look_at_digits, "needle": look_for_needles, "copying": look_at_copying}
-
-
-def keep(path, write, *arguments):
-    """Call write(a temporary path, *arguments), then move what it wrote to path, and say so."""
-    write_atomically(path, lambda part: write(part, *arguments))
-    print(f"wrote {path}", flush=True)
+TASKS = {"digits": look_at_digits, "needle": look_for_needles, "copying": look_at_copying,
+         "text": look_at_text}
 
 
 def parse(arguments):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        usage="visualize_delta.py [--flag value ...]    (--help lists them)",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--task", choices=list(TASKS), nargs="+", default=["digits", "needle"],
-        help="default digits needle")
-    add("--digit", type=number(int, 0, 9), default=7, help="default %(default)s")
-    add("--index", type=number(int, 0), default=0,
-        help="which of the test images of that digit, default %(default)s")
+    add("--task", choices=TASKS, nargs="+", default=["digits", "needle"], metavar="TASK",
+        help="of digits, needle, copying, text; default digits needle")
+    add("--digit", type=int, choices=range(10), default=7, metavar="0 … 9",
+        help="the one to draw, default %(default)s")
+    add("--index", type=int, default=0, help="which of its test images, default %(default)s")
     add("--checkpoint", nargs="+", metavar="FILE",
-        help="of train_mnist.py; default: every seed of the bidirectional model in --out")
-    add("--seeds", type=number(int, 0, 10 ** 6), nargs="+", default=[0],
-        help="of needle and copying, default 0")
-    add("--length", type=number(int, COPIED),
-        help="of copying, default 256; the paper's: 4096")
-    add("--quick", action="store_true", help="fewer steps, models and lengths")
+        help="of digits or text; default: every seed of the best model in --out")
+    add("--seeds", type=int, nargs="+", default=[0], help="of needle and copying, default 0")
+    add("--length", type=int, help="of copying, default 256; the paper's: 4096")
+    add("--quick", action="store_true", help="needle and copying: fewer steps, models and lengths")
     add("--resume", action="store_true",
         help="take the models of needle and copying that are in --out, and train the others")
-    add_places(add, "auto: that of the checkpoint, or what train_mnist.py finds")
-    return p.parse_args(arguments)
+    add("--data-dir", default="data", help="default %(default)s")
+    add("--out", default="checkpoints", help="folder for checkpoints, default %(default)s")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
+    args = p.parse_args(arguments)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    if args.index < 0 or args.length is not None and args.length < COPIED:
+        p.error(f"--index must be 0 or more, and --length {COPIED} or more")
+    return args
 
 
-def look(args):
+def main():
+    args = parse(sys.argv[1:])
+    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
+    device = torch.device("cpu" if device == "auto" else device)
+    try:
+        torch.zeros(1, device=device)
+    except Exception:                    # its kind depends on how torch was built
+        sys.exit(f"visualize_delta.py: there is no device {device} here: use --device cpu")
     # Under the price Δ sinks until numbers become denormal, and a CPU takes several times as long.
     # Threads inherit this when they start, so it comes before all work.
     torch.set_flush_denormal(True)
-    device = choose_device(args.device)
-    for folder in (args.out, "results", "figures"):
-        check_writable(folder)
-    for task in dict.fromkeys(args.task):
-        try:
+    try:
+        for task in dict.fromkeys(args.task):
             TASKS[task](args, device)
-        except KeyboardInterrupt:
-            if task != "digits":
-                print(f"\nwhat was trained to the end is in {args.out}: --resume takes it",
-                      file=sys.stderr)
-            raise
-    return True
-
-
-def main(arguments=None):
-    return guard("visualize_delta.py", lambda: look(parse(arguments)))
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: --resume takes what was trained to the end")
 
 
 if __name__ == "__main__":
-    leave(main())
+    main()
