@@ -280,7 +280,8 @@ def progress(log, steps, window):
 
 def describe(device):
     """What it runs on, in a few words."""
-    name = f"{device.type} {platform.machine()} {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    name = f"{device.type} {platform.machine()} {count} thread{'s' if count > 1 else ''}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     return name + (f", {PROCESSES} processes" if PROCESSES > 1 else "")
 
