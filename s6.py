@@ -533,7 +533,8 @@ def _check(x, delta, A, B, C, D, h0, method, discretization):
     for name, letters in (("delta", "bld"), ("B", "bln"), ("C", "bln"), ("D", "d"), ("h0", "bdn")):
         shape = tuple(size[letter] for letter in letters)
         if name in named and named[name].shape != shape:
-            expect(name, f"have shape ({', '.join(letters)}) = {shape}", tuple(named[name].shape))
+            letters = str(tuple(letters)).replace("'", "")                     # (b, l, d)
+            expect(name, f"have shape {letters} = {shape}", tuple(named[name].shape))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,10 +27,12 @@ import sys
 import tempfile
 import time
 import traceback
+from types import SimpleNamespace
 from unittest.mock import DEFAULT, patch
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import s6
 from s6 import S6, definition, selective_scan
@@ -992,6 +994,36 @@ def test_a_pixel_is_guessed_from_those_before_it_and_drawn_one_by_one():
             drawn = torch.cat([drawn, torch.multinomial(chances, 1, generator=generator)], 1)
         print(f"    {name}: {ours.tolist()}")
         assert ours.tolist() == drawn[:, 1:].tolist() and ours[0, :5].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_models_run_on_the_device_of_their_weights():
+    """Catches: a tensor that is made on the CPU in the middle of a model on a GPU.
+
+    Fake tensors have a device and a shape, and no values: so no GPU is needed.
+    """
+    with FakeTensorMode(), torch.device("cuda"):
+        tokens, mask = torch.zeros(2, 50, dtype=torch.long), torch.ones(2, 50, dtype=torch.bool)
+        model, image = MambaLM(65), torch.zeros(2, 1, 28, 28)
+        outputs = [model(tokens, model(tokens)[1], mask)[0], VisionMamba()(image),
+                   S4Stack(64, 2)(torch.zeros(2, 100, 64))]
+        for layer in (MambaBlock(16), S4Block(16, 8)):
+            writer = PixelLM([layer], 16)
+            outputs.append(writer.read(tokens[:, :1], writer.read(tokens)[1])[0])
+        x, A, B = torch.rand(2, 49, 8), -torch.rand(16, 8), torch.rand(2, 49, 16)
+        ctx = SimpleNamespace(save_for_backward=lambda *t: setattr(ctx, "saved_tensors", t))
+        with torch.no_grad():            # the scan and its gradient, cut as on a GPU
+            y, h = s6._Scan.forward(ctx, x, x, A, B, B, torch.zeros(2, 16, 8), 7, False)
+            outputs += [t for t in s6._Scan.backward(ctx, y, h) if t is not None]
+    print(f"    {len(outputs)} outputs and gradients, all on {outputs[0].device}")
+    assert all(output.device.type == "cuda" for output in outputs)
+
+
+def test_the_calls_of_a_scan_cut_as_on_a_GPU_hardly_grow_with_its_length():
+    """Catches: pieces that grow with the length: each of their tokens costs 27 launches."""
+    for l, most in ((49, 260), (784, 450), (2048, 550), (16384, 650), (65536, 750)):
+        forward, both = s6.count_calls(l, s6._short_pieces(l))
+        print(f"    {l} tokens: {forward} calls forward, {both} with the gradient, {most} allowed")
+        assert forward <= 250 and both <= most
 
 
 def test_weight_decay_spares_what_has_no_business_at_zero():

@@ -129,9 +129,11 @@ def build(recipe, data):
     model, d_model, layers = recipe["model"], recipe["d_model"], recipe["layers"]
     channels, *size = data.train_images.shape[1:]
     if recipe["task"] == "next-pixel":
-        if channels > 1 or model not in ("causal", "s4"):
-            raise ValueError("next-pixel needs grey images, and --model causal or s4: the others "
-                             "see the pixel that they must guess, or cannot go on from a state")
+        if channels > 1:
+            raise ValueError("next-pixel needs grey images: it guesses one of 256 values")
+        if model not in ("causal", "s4"):
+            raise ValueError("next-pixel needs --model causal or s4: the others see the pixel that "
+                             "they must guess, or cannot go on from a state")
         blocks = [MambaBlock(d_model) for _ in range(layers)] if model == "causal" else [
             S4Block(d_model, recipe["state"]) for _ in range(2 * layers)]
         return PixelLM(blocks, d_model, size)

@@ -438,8 +438,11 @@ def load_text(data_dir, source="auto", path=None):
         return as_text(name, string)
     except Exception as error:           # no network, a broken download, no file, no UTF-8
         problem = f"cannot read or download {path} ({first_line(error)})"
+        if digest is None:
+            sys.exit(f"train_shakespeare.py: cannot read {path} ({first_line(error)}): --text "
+                     f"wants a file in UTF-8")
         # A file that is damaged is an accident that should be noticed: nothing stands in for it.
-        if digest is None or source == "real" or os.path.exists(path):
+        if source == "real" or os.path.exists(path):
             sys.exit(f"train_shakespeare.py: {problem}: connect to the network, give a UTF-8 text "
                      f"by --text, or use --data synthetic")
         print(f"{'!' * 100}\n{problem}.\nTraining on SYNTHETIC data instead, the help texts of "

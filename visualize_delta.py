@@ -478,10 +478,11 @@ def look_at_text(args, device):
     names = ("shakespeare", "synthetic_pydoc", "shakespeare_quick", "synthetic_pydoc_quick")
     states = open_checkpoints(args, names, "python train_shakespeare.py")
     name, rows, passages = states[0].get("text", "?").split(":")[0], [], []
-    text = load_text(args.data_dir, "synthetic" if "pydoc" in name else "real", None)
-    if any(state.get("vocabulary") != text.vocabulary for state in states):
+    if any(state.get("text", "?").split(":")[0] not in names + (name,) for state in states) or (
+            name.replace("-", "_") not in names):
         sys.exit("visualize_delta.py: only a model of Shakespeare or of Python's help texts can be "
                  "looked at: name another by --checkpoint")
+    text = load_text(args.data_dir, "synthetic" if "pydoc" in name else "real", None)
     string = "".join(text.vocabulary[token] for token in text.valid)
     kinds = kinds_of(string)
     masks = {kind: torch.tensor([k == kind for k in kinds]) for kind in KINDS}     # (l,) each
