@@ -195,8 +195,8 @@ def train(recipe, text, device, path, resume):
                 sys.exit(f"train_shakespeare.py: loss {loss:.3g}, gradient {norm:.3g} at step "
                          f"{step + 1}: not finite. Start again with a smaller --lr")
 
-            # The update; then the average of the weights. Its decay begins as about 1 - 9/step, so it
-            # spans the last ninth of the steps; later it spans some 1 / (1 - average) of them.
+            # The update; then the average of the weights. Its decay begins at about 1 - 9/step, so
+            # it spans the last ninth of the steps; later it spans some 1 / (1 - average) of them.
             optimizer.step()
             decay = min(recipe["average"], (1 + step) / (10 + step))
             with torch.no_grad():
