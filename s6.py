@@ -205,8 +205,9 @@ def _pieces(x, n, method):
     if on_cpu:
         # Enough pieces that arithmetic outweighs the cost of calls, and few enough that their
         # states still fit the L2 cache; but 16 tokens in each, or joining them costs more than it
-        # saves, and two pieces at least.
-        return max(min(2, l), min(8 * NARROW // width, l // 16))
+        # saves, and two pieces at least. 6 is no power of two, as 8 is: with that, pieces would
+        # often be a power of two apart in memory, and compete for the same lines of the cache.
+        return max(min(2, l), min(6 * NARROW // width, l // 16))
     return _short_pieces(l)
 
 
