@@ -159,6 +159,7 @@ STOP = []            # what Ctrl-C or SIGTERM leaves here is looked for between 
 
 
 def ask_to_stop(number, _):
+    """What a signal calls: it may come in the middle of a step, so it only leaves a note."""
     if STOP:
         raise KeyboardInterrupt          # asked twice: at once
     STOP.append(number)
@@ -337,7 +338,7 @@ def progress(log, steps, window):
 
 
 def describe(device):
-    """What it runs on, in a few words."""
+    """What it runs on, in a few words. Seconds mean nothing without it, nor does "bit for bit"."""
     count = torch.get_num_threads()
     name = f"{device.type} {platform.machine()} {count} thread{'s' if count > 1 else ''}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
@@ -516,7 +517,11 @@ def load_folder(folder, size):
 
 
 def synthetic_digits(train=20000, test=4000):
-    """Digits in the fonts that come with matplotlib, under random warps and noise: -> Data."""
+    """Digits in the fonts that come with matplotlib, under random warps and noise: -> Data.
+
+    Twenty fonts are too few to learn from. Warps and noise make each example another one, so
+    that a model has to find what is common to all sevens, as with handwriting.
+    """
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     fonts = [path for family in ("DejaVu", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "cmb10")
              for path in sorted(folder.glob(family + "*.ttf")) if "Display" not in path.name]
@@ -587,7 +592,11 @@ def warp(images, degrees, scale, shear, shift, generator=None):
 
 
 def shift_and_flip(images, padding=2):
-    """Each image (b, c, h, w) shifted by up to `padding` pixels, and mirrored or not, by chance."""
+    """Each image (b, c, h, w) shifted by up to `padding` pixels, and mirrored or not, by chance.
+
+    Pixel (i, j) of an image is the one in row rows[i] and column columns[j] of the padded image. So
+    the whole batch is one act of indexing, and nothing is interpolated.
+    """
     b, _, h, w = images.shape
     images = F.pad(images, (padding,) * 4, mode="reflect")
     top, left = torch.randint(2 * padding + 1, (2, b, 1), device=images.device)
@@ -677,6 +686,7 @@ def draw_runs(path, runs, recipe, title):
             scores = [nats / math.log(2) if recipe["task"] == "next-pixel" else accuracy
                       for nats, accuracy in run.scores]
             axes[2].plot(range(1, len(scores) + 1), scores, "o-", color=color, alpha=0.7)
+    # Both axes are logarithmic in the loss, since late in a training the differences are small.
     axes[0].set(xlabel="training step", ylabel="training loss (nats)", yscale="log")
     axes[1].set(xlabel="seconds of training", yscale="log")
     axes[2].set(xlabel="epoch", xticks=range(1, recipe["epochs"] + 1), ylabel="test: " + (
@@ -759,6 +769,7 @@ def parse(arguments):
     add("--data-dir", default="data", help="default %(default)s")
     add("--out", default="checkpoints", help="folder for checkpoints; default %(default)s")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
+    # --quick changes a default, and no more: an --epochs that is given still counts.
     if "--quick" in arguments:
         p.set_defaults(epochs=min(2, RECIPES[name]["epochs"]))
     args = p.parse_args(arguments)
@@ -782,6 +793,7 @@ def parse(arguments):
 def main():
     """One run; or, with --compare, one for each model and seed, then their table and figures."""
     args, recipe = parse(sys.argv[1:])
+    # Ctrl-C must not hit between the gradient and the update: the step is done, then all is saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
@@ -811,6 +823,7 @@ def main():
     if data.name != own:
         name = data.name if name == own else f"{name}-{data.name}"
     name = args.name or name.replace("-", "_")
+    # What sees the pixel that it must guess, or has no state to go on from, cannot draw.
     able = ["causal", "s4"] if recipe["task"] == "next-pixel" else list(MODELS)
     models = dict.fromkeys((args.models or able) if args.compare else [args.model])
     seeds = dict.fromkeys((args.seeds or [0]) if args.compare else [args.seed])

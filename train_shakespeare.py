@@ -76,6 +76,7 @@ STOP = []            # what Ctrl-C or SIGTERM leaves here is looked for between 
 
 
 def ask_to_stop(number, _):
+    """What a signal calls: it may come in the middle of a step, so it only leaves a note."""
     if STOP:
         raise KeyboardInterrupt          # asked twice: at once
     STOP.append(number)
@@ -279,7 +280,7 @@ def progress(log, steps, window):
 
 
 def describe(device):
-    """What it runs on, in a few words."""
+    """What it runs on, in a few words. Seconds mean nothing without it, nor does "bit for bit"."""
     count = torch.get_num_threads()
     name = f"{device.type} {platform.machine()} {count} thread{'s' if count > 1 else ''}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
@@ -361,7 +362,10 @@ def load(path, recipe, text, modules, device):
 
 
 def load_model(path, device):
-    """The averaged MambaLM of a checkpoint, and its vocabulary, or one line and the end."""
+    """The averaged MambaLM of a checkpoint, and its vocabulary, or one line and the end.
+
+    The vocabulary belongs to the weights: token 5 is a letter only by its place in there.
+    """
     try:
         state = read_checkpoint(path)
         model = MambaLM(len(state["vocabulary"]), state["recipe"]["d_model"],
@@ -406,7 +410,10 @@ def encode(string, vocabulary):
 
 
 def as_text(name, string):
-    """The first 90 % for training and the last 10 % for validation: -> Text."""
+    """The first 90 % for training and the last 10 % for validation: -> Text.
+
+    Not a random part: neighbouring lines know too much about each other.
+    """
     vocabulary = "".join(sorted(set(string)))
     place = {character: i for i, character in enumerate(vocabulary)}
     tokens = torch.tensor([place[character] for character in string], dtype=torch.int64)
@@ -461,7 +468,10 @@ def file_name(name, quick=False):
 
 
 def help_texts():
-    """What `help()` says about Python's syntax; it comes with every CPython."""
+    """What `help()` says about Python's syntax; it comes with every CPython.
+
+    465,000 characters of English: enough to see a model learn words, without a network.
+    """
     from pydoc_data.topics import topics
     return as_text("synthetic-pydoc", "\n\n".join(topics[name] for name in sorted(topics)))
 
@@ -527,6 +537,7 @@ def draw_loss(path, runs, recipe, text, title):
                          label=f"{hidden}validation, {name}")
         losses = block_losses(average, text, block).cpu()
         seen.append(losses[:len(losses) // block * block].view(-1, block).mean(0))     # (block,)
+    # The first losses are far above the rest, and would squeeze it into a flat line: cut them off.
     low, high = axes[0].get_ylim()
     axes[0].set(xlabel="characters read (millions)", ylabel="loss (nats per character)",
                 ylim=(low, min(high, low + 1)))
@@ -596,6 +607,7 @@ def parse(arguments):
     add("--data-dir", default="data", help="default %(default)s")
     add("--out", default="checkpoints", help="folder for checkpoints, default %(default)s")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
+    # --quick changes a default, and no more: an --epochs that is given still counts.
     if "--quick" in arguments:
         p.set_defaults(epochs=1)
     args = p.parse_args(arguments)
@@ -631,6 +643,7 @@ def main():
         write_text(args, *load_model(path, device), device)
         return
 
+    # Ctrl-C must not hit between the gradient and the update: the step is done, then all is saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
     if recipe["batch"] % PROCESSES:
