@@ -234,8 +234,9 @@ def train(recipe, data, device, path, resume):
         step, log, scores = load(path, recipe, data, modules)
     else:
         set_aside(path)
-    save(path, recipe, data, modules, step, log, scores)   # a folder that cannot be written: now,
-    net = DistributedDataParallel(model) if PROCESSES > 1 else model       # and not in an hour
+    # Saved at once: a folder that cannot be written is noticed now, and not in an hour.
+    save(path, recipe, data, modules, step, log, scores)
+    net = DistributedDataParallel(model) if PROCESSES > 1 else model
     parameters = sum(p.numel() for p in model.parameters())
     classes = 256 if recipe["task"] == "next-pixel" else data.classes
     print(f"model {recipe['model']} on {summary(data)}\nparameters {parameters}  "
@@ -467,7 +468,8 @@ def load_data(dataset, source, data_dir, size):
         if dataset == "mnist" and digest.hexdigest() != MNIST_MD5:
             raise ValueError("these are not the published images")
     except Exception as error:           # no network, a broken download, a damaged file
-        problem = f"cannot read {dataset} from {data_dir}, or download it ({first_line(error)})"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        problem = f"cannot read {dataset} from {data_dir}, or download it ({reason})"
         # Damaged files are an accident that should be noticed: nothing stands in for them.
         there = os.path.exists(os.path.join(data_dir, "MNIST", "raw", "train-images-idx3-ubyte"))
         if dataset != "mnist" or source == "real" or there:

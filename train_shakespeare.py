@@ -143,8 +143,9 @@ def train(recipe, text, device, path, resume):
         step, states, log, scores = load(path, recipe, text, modules, device)
     else:
         set_aside(path)
-    save(path, recipe, text, modules, step, states, log, scores)       # a folder that cannot be
-    net = DistributedDataParallel(model) if PROCESSES > 1 else model   # written: now, not later
+    # Saved at once: a folder that cannot be written is noticed now, and not in an hour.
+    save(path, recipe, text, modules, step, states, log, scores)
+    net = DistributedDataParallel(model) if PROCESSES > 1 else model
     parameters, size = sum(p.numel() for p in model.parameters()), len(text.vocabulary)
     print(f"{summary(text)}\nparameters {parameters}  seed {recipe['seed']}  device "
           f"{describe(device)}  torch {torch.__version__}\nloss of a blind guess ln {size} = "
