@@ -186,8 +186,8 @@ class S4(nn.Module):
         h      the state to go on from, None for zero
         mode   "convolution": all tokens at once, by FFT. "recurrence": one after the other. They
                agree up to rounding. "auto": a single token by the second, more by the first
-        return_state   False: None in place of the state, which a convolution has to compute apart
-               (a fifth of a training step)
+        return_state   False: None in place of the state, which a convolution has to compute apart,
+               at a cost that a training should not pay
         Raises ValueError for another mode, or shape of x.
         """
         if mode not in (*MODES, "auto"):

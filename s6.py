@@ -377,7 +377,8 @@ class _Scan(torch.autograd.Function):
             if k > 1:
                 u, delta, B, C = (_fold(t, k) for t in (u, delta, B, C))
                 h0 = _start_states(u, delta, A, B, h0, k, zoh)
-            ctx.keep = max(1, round(math.sqrt(u.shape[1])))  # of a short piece, all at once:
+            # About √T of the T states. There are many pieces if they are short: then one in twelve.
+            ctx.keep = max(1, round(math.sqrt(u.shape[1])))
             ctx.keep = max(ctx.keep, min(12, u.shape[1])) if k > 1 else ctx.keep
             y, kept, h = _forward(u, delta, A, B, C, h0, ctx.keep, zoh)
             if k > 1:                    # the last state is that of the last piece
@@ -424,8 +425,8 @@ _scan = torch.compiler.disable(_Scan.apply)
 #     (a₂, s₂) ∘ (a₁, s₁) = (a₂ a₁, a₂ s₁ + s₂)
 #
 # so a prefix scan over the k pairs finds all the starts in log₂ k steps. Then the pieces are
-# scanned again, from there. That is twice the work in far fewer steps, and √(k l) states to keep
-# instead of √l. Nothing is ever divided by a decay, so nothing overflows.
+# scanned again, from there. That is twice the work in far fewer steps, and up to √(k l) states to
+# keep instead of √l. Nothing is ever divided by a decay, so nothing overflows.
 
 def _fold(tensor, pieces):
     """(b, l, …) -> (b·k, T, …), T = ⌈l/k⌉, zeros at the end: Δ = 0 leaves a state alone."""
