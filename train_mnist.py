@@ -7,6 +7,7 @@
     python train_mnist.py pixels                another recipe: each of the 784 pixels is a token
     python train_mnist.py next-pixel            guess each pixel from those before, and draw digits
     python train_mnist.py cifar10               coloured images
+    python train_mnist.py poster --compare      published results, taken apart: see the README
     python train_mnist.py --dataset fashion     FashionMNIST
     python train_mnist.py --dataset FOLDER      own images: FOLDER/train/<class>/*, FOLDER/test/…
     python train_mnist.py --quick               a first look in about a minute
@@ -59,7 +60,8 @@ from vision import BEGIN, ImageClassifier, PixelLM, VisionMamba, complete
 
 matplotlib.use("Agg")            # figures are files: no window is opened
 # The models, and their colours in the figures.
-MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c", "rnn": "#7f7f7f"}
+MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c", "rnn": "#7f7f7f",
+          "forward": "#17becf"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -74,15 +76,18 @@ RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held 
     seed=0,                              # of weights, order of the images, and warps
     epochs=5,
     batch=64,
-    lr=3e-3,                             # its peak: see learning_rate
+    lr=3e-3,                             # its peak
+    schedule="cosine",                   # or "constant": see learning_rate
+    clip=1.0,                            # greatest norm of a gradient
     weight_decay=0.05,                   # for matrices alone: see block.parameter_groups
-    average=0.998,                       # decay of the averaged weights, which are what is tested
+    average=0.998,                       # decay of the averaged weights, which are what is tested;
+                                         # 0: no average, the weights themselves are tested
     smoothing=0.0,                       # of the labels: how much chance is given to wrong classes
     augment="warp",                      # or "shift-flip", for photographs, or "none"
     bf16=False,                          # train under autocast; weights, Δ and states stay float32
     patch=4,                             # pixels per side: 28/4 · 28/4 = 49 tokens
     stem="conv",                         # from pixels to tokens: "conv", "deep", "patch"
-    position="patches",                  # one vector per token; "axes": one per row and column
+    position="patches",                  # one vector per token; "axes": per row and column; "none"
     pool="mean",                         # of the tokens; "max"; "last", as in the classic RNN
     fuse="average",                      # of both branches; or "concat"
     d_model=64,                          # width of the residual stream
@@ -102,7 +107,8 @@ RECIPES["next-pixel"] = dict(
     dataset="mnist", task="next-pixel",
     model="causal",                      # or s4: what does not see the pixel that it must guess
     seed=0, epochs=1, batch=16,
-    lr=6e-3, weight_decay=0.05, average=0.998, smoothing=0.0, bf16=False,
+    lr=6e-3, schedule="cosine", clip=1.0, weight_decay=0.05, average=0.998,
+    smoothing=0.0, bf16=False,
     d_model=96,
     layers=2,
     state=80,                            # S4: two blocks have the parameters of one Mamba block
@@ -116,6 +122,27 @@ RECIPES["cifar10"] = dict(
     d_model=128, layers=4,
     hidden=268, state=132,               # 940,000 params
 )
+
+RECIPES["poster"] = dict(                # of published results: see "The poster" in README.md
+    RECIPES["mnist"],
+    lr=1e-3, schedule="constant", weight_decay=0.01, average=0.0,
+    stem="patch", position="none", augment="none",
+    hidden=160,
+)
+
+# What --compare trains: a name for each row of the table, and what it changes in the recipe.
+ROWS = {name: {model: {"model": model} for model in ("bidirectional", "causal", "s4", "rnn")}
+        for name in RECIPES}
+ROWS["next-pixel"] = {model: {"model": model} for model in ("causal", "s4")}
+ROWS["poster"] = {
+    "rnn": dict(model="rnn", pool="last"),
+    "forward-3e-4": dict(model="forward", lr=3e-4, clip=0.5),      # "causal" on the poster
+    "forward-1e-3": dict(model="forward"),                         # another rate
+    "causal-1e-3": dict(model="causal"),                           # another number of branches
+    "bidirectional-1e-3": dict(model="bidirectional"),             # another direction
+    "bidirectional-3e-4": dict(model="bidirectional", lr=3e-4, clip=0.5),
+}
+PUBLISHED = {"rnn": 94.40, "forward-3e-4": 97.00, "bidirectional-1e-3": 97.93}    # %, one run each
 
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
 
@@ -145,7 +172,7 @@ def build(recipe, data):
     if model == "s4":
         return ImageClassifier(S4Stack(d_model, 2 * layers, recipe["state"]), d_model, d_model,
                                **frame)
-    if model in ("bidirectional", "causal"):
+    if model in ("bidirectional", "causal", "forward"):
         return VisionMamba(d_model, layers, direction=model, fuse=recipe["fuse"], **frame)
     raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model}")
 
@@ -171,11 +198,13 @@ def seed_for(seed, what, number=0):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-def learning_rate(step, steps, peak):
-    """A line from 0 to peak over the first tenth of the steps, then a cosine to 0."""
+def learning_rate(recipe, step, steps):
+    """"cosine": a line from 0 to lr over the first tenth of the steps, then a cosine to 0."""
+    if recipe["schedule"] == "constant":
+        return recipe["lr"]
     part = (step + 1) / steps
     fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (part - 0.1) / 0.9)))
-    return peak * min(part / 0.1, fall)
+    return recipe["lr"] * min(part / 0.1, fall)
 
 
 def prepare(recipe, data, images, labels):
@@ -252,7 +281,7 @@ def train(recipe, data, device, path, resume):
             # (warps; a dropout, if you add one) is a function of (seed, step). Under torchrun all
             # processes draw the same, for the whole batch.
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, recipe["lr"])
+                group["lr"] = learning_rate(recipe, step, steps)
             torch.manual_seed(seed_for(recipe["seed"], "warp", step))
 
             # The batch; under torchrun each process takes its share of it.
@@ -269,7 +298,7 @@ def train(recipe, data, device, path, resume):
             # clipped, so that one bad batch cannot throw the weights far.
             optimizer.zero_grad()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])
 
             # What to log, and whether anybody asked to stop. Under torchrun all of that is averaged
             # over the processes, so that they agree and stop after the same step.
@@ -622,8 +651,8 @@ def changed(recipe):
                     if value != defaults[key] and key not in ("model", "dataset", "seed"))
 
 
-def result(recipe, data, device, run):
-    """The row of a finished run; printed as a RESULT line, which is easy to find with grep.
+def result(name, recipe, data, device, run):
+    """A finished run's row of that name; printed as a RESULT line, which is easy to find with grep.
 
     The score is that of the last epoch: to choose the best one would be to choose on test images.
     """
@@ -632,7 +661,7 @@ def result(recipe, data, device, run):
     if recipe["task"] == "next-pixel":
         score = {"test_nats_per_pixel": f"{nats:.4f}",
                  "test_bits_per_pixel": f"{nats / math.log(2):.4f}"}
-    row = {"model": recipe["model"], "dataset": data.name, "seed": recipe["seed"],
+    row = {"model": name, "dataset": data.name, "seed": recipe["seed"],
            "params": run.parameters, "epochs": recipe["epochs"], **score,
            "seconds": f"{run.log[-1][2]:.0f}",
            "recipe": f"{recipe['recipe']}:{changed(recipe)}".strip(":")}
@@ -649,34 +678,35 @@ def mean_sd(values, digits):
 
 
 def print_table(rows):
-    """The README's table: a line per model, over its seeds; and a difference that has a meaning.
+    """The README's table: a line per row of the comparison, over its seeds.
 
-    Both Mambas see the same images with one seed, so their difference is taken seed by seed.
+    With one seed, all see the same images. So the difference to the line above is taken seed by
+    seed: what the seeds have in common falls out of it.
     """
     score, digits = ("test_bits_per_pixel", 4) if "test_bits_per_pixel" in rows[0] else (
         "test_accuracy", 2)
-    print(f"\n| model | parameters | {score.replace('_', ' ')} | seconds |\n|---|---|---|---|")
-    scores = {}
+    print(f"\n| model | parameters | {score.replace('_', ' ')} | less the line above | seconds |\n"
+          f"|---|---|---|---|---|")
+    above = []
     for model in dict.fromkeys(row["model"] for row in rows):
         runs = [row for row in rows if row["model"] == model]
-        scores[model] = [float(row[score]) for row in runs]
-        print(f"| {model} | {runs[0]['params']:,} | {mean_sd(scores[model], digits)} | "
+        scores = [float(row[score]) for row in runs]
+        gained = mean_sd([a - b for a, b in zip(scores, above)], digits) if above else ""
+        print(f"| {model} | {runs[0]['params']:,} | {mean_sd(scores, digits)} | {gained} | "
               f"{mean_sd([float(row['seconds']) for row in runs], 0)} |")
-    if {"bidirectional", "causal"} <= set(scores):
-        differences = [a - b for a, b in zip(scores["bidirectional"], scores["causal"])]
-        print(f"\nbidirectional minus causal, seed by seed: {mean_sd(differences, 2)}")
+        above = scores
 
 
 def draw_runs(path, runs, recipe, title):
     """Training loss over steps and over seconds, and the test score over epochs.
 
-    runs    {model: what `train` returned for each seed}. A line is the mean over seeds, the band
-            goes from the lowest to the highest; on the right there is a line per seed
+    runs    {row of ROWS: what `train` returned for each seed}. A line is the mean over seeds, the
+            band goes from the lowest to the highest; on the right there is a line per seed
     """
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     axes[1].sharey(axes[0])
     for model in runs:
-        color = MODELS[model]
+        color = MODELS[ROWS[recipe["recipe"]][model]["model"]]
         log = torch.stack([torch.tensor(run.log) for run in runs[model]])      # (seeds, steps, 3)
         width = max(1, min(100, log.shape[1] // 10))       # steps that a point is the mean of
         losses = log[..., 0].unfold(1, width, width).mean(-1)                  # (seeds, points)
@@ -698,6 +728,25 @@ def draw_runs(path, runs, recipe, title):
     axes[0].legend(frameon=False)
     figure.suptitle(f"{title}: mean, and band from lowest to highest; right, a line per seed",
                     fontsize=10)
+    write(path, lambda part: figure.savefig(part, dpi=120, format="png"))
+
+
+def draw_rows(path, rows, title):
+    """Test accuracy of each row of a comparison, a dot per seed; what was published as a cross."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, ax = plt.subplots(figsize=(7, 0.5 * len(names) + 1.2), layout="constrained")
+    for name in names:
+        ours = [float(row["test_accuracy"]) for row in rows if row["model"] == name]
+        color = MODELS[ROWS["poster"][name]["model"]]
+        ax.plot(ours, [name] * len(ours), "o", color=color, alpha=0.7)
+        if name in PUBLISHED:
+            ax.plot(PUBLISHED[name], name, "x", color="black", markersize=8)
+    ax.plot([], [], "o", color="black", label="ours, a dot per seed")
+    ax.plot([], [], "x", color="black", markersize=8, label="published, one run")
+    ax.set(xlabel="test accuracy (%)", title=title)
+    ax.invert_yaxis()
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=8)
     write(path, lambda part: figure.savefig(part, dpi=120, format="png"))
 
 
@@ -756,7 +805,8 @@ def parse(arguments):
             kind = {"choices": MODELS}
         add("--" + setting.replace("_", "-"), default=value, help=f"default {value}", **kind)
     add("--compare", action="store_true", help="train each of --models with each of --seeds")
-    add("--models", nargs="+", choices=MODELS, help="default: all that can do it")
+    add("--models", nargs="+", choices=ROWS[name], metavar="MODEL",
+        help=f"of --compare; default {' '.join(ROWS[name])}")
     add("--seeds", nargs="+", type=int, help="default 0")
     add("--name", help="what the files of a run or table are called; default: the recipe")
     add("--quick", action="store_true", help="2 epochs of 6,400 images, or 1 of 640 by pixels")
@@ -825,18 +875,19 @@ def main():
     if data.name != own:
         name = data.name if name == own else f"{name}-{data.name}"
     name = args.name or name.replace("-", "_")
-    # What sees the pixel that it must guess, or has no state to go on from, cannot draw.
-    able = ["causal", "s4"] if recipe["task"] == "next-pixel" else list(MODELS)
-    models = dict.fromkeys((args.models or able) if args.compare else [args.model])
-    seeds = dict.fromkeys((args.seeds or [0]) if args.compare else [args.seed])
+    seeds, models = [args.seed], {args.model: {}}
+    if args.compare:
+        every = ROWS[recipe["recipe"]]
+        seeds = dict.fromkeys(args.seeds or [0])
+        models = {model: every[model] for model in args.models or every}
     rows, runs = [], {}
-    for seed, model in itertools.product(seeds, models):
-        settings = recipe | {"model": model, "seed": seed}
+    for seed, (model, changes) in itertools.product(seeds, models.items()):
+        settings = recipe | changes | {"seed": seed}
         path = os.path.join(args.out, f"{name}-{model}-seed{seed}.pt")
         resume = args.resume and (os.path.exists(path) or not args.compare)
         run = train(settings, data, device, path, resume)
         runs.setdefault(model, []).append(run)
-        rows.append(result(settings, data, device, run))
+        rows.append(result(model, settings, data, device, run))
     if RANK == 0 and args.compare:
         def write_rows(part):
             with open(part, "w", newline="", encoding="utf-8") as file:
@@ -846,8 +897,11 @@ def main():
 
         set_aside(f"results/{name}.csv")
         write(f"results/{name}.csv", write_rows)
-        draw_runs(f"figures/{name}.png", runs, recipe,
-                  f"{data.name}, seeds {', '.join(map(str, seeds))}")
+        title = f"{data.name}, seeds {', '.join(map(str, seeds))}"
+        if recipe["recipe"] == "poster":
+            draw_rows(f"figures/{name}.png", rows, title)
+        else:
+            draw_runs(f"figures/{name}.png", runs, recipe, title)
         print_table(rows)
     if RANK == 0 and recipe["task"] == "next-pixel":
         draw_completions(f"figures/{name}_completions.png", runs, data)

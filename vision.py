@@ -15,6 +15,8 @@ those before it.
 
 direction="causal" is the control: the same two branches, parameters and cost, and the second branch
 is merely not reversed. What differs between the two models is the direction, and nothing else.
+direction="forward" has one branch alone. It is what most people mean by a causal Mamba, but with
+half the scans it is no fair control: `python train_mnist.py poster --compare` shows both.
 
 Symbols: the glossary of s6.py. Left out: a class token (`pool` reads all tokens), and pre-training.
 Read before: block.py. Read next: rnn.py, what came before; then train_mnist.py.
@@ -28,9 +30,9 @@ import torch.nn.functional as F
 from block import ConvS6, RMSNorm, scale_residuals
 from s6 import check_sequence
 
-DIRECTIONS, FUSIONS = ("bidirectional", "causal"), ("average", "concat")
+DIRECTIONS, FUSIONS = ("bidirectional", "causal", "forward"), ("average", "concat")
 STEMS, POOLS = ("conv", "deep", "patch"), ("mean", "max", "last")
-POSITIONS = ("patches", "axes")
+POSITIONS = ("patches", "axes", "none")
 
 
 def _choose(name, value, allowed):
@@ -115,10 +117,14 @@ def along_axes(table, rows, columns):
 
 
 # --------------------------------------------------------------------------------------------------
-# The block: two scans over the same tokens.
+# The block: two scans over the same tokens, or one.
 
 class VisionBlock(nn.Module):
-    """x -> x + out_proj(fuse(S6→, S6←) · SiLU(z)), (b, l, d_model): two paths of block.py."""
+    """x -> x + out_proj(fuse(S6→, S6←) · SiLU(z)), (b, l, d_model): two paths of block.py.
+
+    direction   "bidirectional", "causal" (both paths forward), "forward" (one path: a MambaBlock)
+    fuse        the two paths by "average" or "concat"
+    """
 
     def __init__(self, d_model, n=16, expand=2, direction="bidirectional", fuse="average"):
         super().__init__()
@@ -127,8 +133,10 @@ class VisionBlock(nn.Module):
         d = expand * d_model
         self.norm = RMSNorm(d_model)
         self.in_proj = nn.Linear(d_model, 2 * d, bias=False)
-        self.first, self.second = ConvS6(d, n), ConvS6(d, n)
-        self.out_proj = nn.Linear(d if fuse == "average" else 2 * d, d_model, bias=False)
+        self.first = ConvS6(d, n)
+        self.second = None if direction == "forward" else ConvS6(d, n)
+        width = 2 * d if self.second and fuse == "concat" else d
+        self.out_proj = nn.Linear(width, d_model, bias=False)
 
     def forward(self, x):
         """Raises ValueError for another width."""
@@ -136,6 +144,8 @@ class VisionBlock(nn.Module):
         a, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)                     # (b, l, d) each
         gate = F.silu(z)
         first, _ = self.first(a)         # an image is read whole: nobody goes on from its state
+        if self.direction == "forward":
+            return x + self.out_proj(first * gate)
         if self.direction == "bidirectional":
             second, _ = self.second(a.flip(1))
             second = second.flip(1)
@@ -158,7 +168,7 @@ class ImageClassifier(nn.Module):
                 RNN and S4 of rnn.py: the models then differ in their body alone
     image_size  (height, width) in pixels, both divisible by patch
     position    the learned vectors that are added: "patches" one for each token, "axes" one for
-                its row and one for its column, since a table of every pixel would be large
+                its row and one for its column, since a table of every pixel would be large, "none"
     pool        "mean" or "max" over the tokens, or "last": the one at the end of the scan
     Raises ValueError for a size that patch does not divide, and for an unknown stem, position or
     pool.
@@ -173,9 +183,9 @@ class ImageClassifier(nn.Module):
         self.image_size, self.pool = tuple(image_size), _choose("pool", pool, POOLS)
         self.stem = Stem(channels, d_model, patch, stem)
         rows, columns = self.grid = image_size[0] // patch, image_size[1] // patch
+        vectors = {"patches": rows * columns, "axes": rows + columns, "none": 0}
         self.axes = _choose("position", position, POSITIONS) == "axes"
-        vectors = rows + columns if self.axes else rows * columns
-        self.position = nn.Parameter(0.02 * torch.randn(vectors, d_model))
+        self.position = nn.Parameter(0.02 * torch.randn(vectors[position], d_model))
         self.body = body
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, classes)
@@ -185,8 +195,10 @@ class ImageClassifier(nn.Module):
         if images.ndim == 4 and tuple(images.shape[2:]) != self.image_size:
             raise ValueError(f"images must have {self.image_size[0]}x{self.image_size[1]} pixels, "
                              f"got shape {tuple(images.shape)}")
-        position = along_axes(self.position, *self.grid) if self.axes else self.position
-        x = self.norm(self.body(self.stem(images) + position))                 # (b, l, width)
+        x = self.stem(images)                                                  # (b, l, d_model)
+        if len(self.position):
+            x = x + (along_axes(self.position, *self.grid) if self.axes else self.position)
+        x = self.norm(self.body(x))                                            # (b, l, width)
         if self.pool == "mean":
             x = x.mean(1)
         elif self.pool == "max":

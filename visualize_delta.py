@@ -5,6 +5,7 @@
     python visualize_delta.py                  digits and needle: 9 minutes on two cores
     python visualize_delta.py --task digits    Δ on a 7 (--digit, --index) and on 1,000 test digits
     python visualize_delta.py --task needle    a needle in a haystack of a million tokens
+    python visualize_delta.py --task paper     the same by the paper's recipe: an hour on one core
     python visualize_delta.py --task copying   16 symbols, scattered among 256 tokens: 15 minutes
     python visualize_delta.py --task text      Δ on Shakespeare, character by character: 1 minute
     python visualize_delta.py --quick          needle and copying with fewer steps and models
@@ -19,16 +20,9 @@ Digits, with the classifiers of train_mnist.py. Do not expect a Δ that is large
 is large about two tokens behind them, in the direction of reading. It can be: the convolution shows
 a scan the three tokens before as well, and two layers of them reach further back.
 
-Needle (induction heads, section 4.1.2 of the paper). In noise stands a marker, then the symbol to
-remember; when the marker comes again, that symbol is asked for. Training ends at length 256. The
-paper's Mamba then finds needles at 2^20 tokens, after 204,800 steps of 8 x 256 tokens at a constant
-learning rate of 1e-3. Ours has only 600 steps, of 4,096 tokens. It solves 256, but it leaks a
-little at every noise token, and that tells at 4,096. So a second model also pays for what it
-writes: once it solves 256, 0.01 · mean log(Δ + 1e-9) is added to its loss. Expect it to find every
-needle at every length.
-
-Copying (section 4.1.1). The paper's task is longer: 4,096 tokens, of 16 kinds with the noise, and
-400,000 steps. Ours has 256 tokens and 3,000 steps.
+Needle and copying, the paper's two tasks of memory (section 4.1), with small models that are
+trained here. Needle: expect every needle to be found at every length, up to a million tokens, by
+the model that also pays for what it writes. Copying: expect it to need the selection.
 
 Text, with the models of train_shakespeare.py. Expect no gate that opens where words end: a space
 gets hardly more than a letter. In the last layer it opens most at line breaks, to 1.3 … 1.8 times
@@ -39,6 +33,7 @@ Read before: train_mnist.py and train_shakespeare.py, whose models are looked at
 import argparse
 import contextlib
 import copy
+import csv
 import glob
 import itertools
 import math
@@ -115,9 +110,9 @@ def gate(scan):
     return scan.delta.mean(-1)
 
 
-def resting(scan):
-    """The same for an input of zero: softplus(bias), mean over the channels, a number."""
-    return F.softplus(scan.s6.dt_proj.bias).mean()
+def over_rest(scan):
+    """The same over its resting value, what an input of zero would get: softplus(bias)."""
+    return gate(scan) / F.softplus(scan.s6.dt_proj.bias).mean()
 
 
 @torch.no_grad()
@@ -131,45 +126,36 @@ def changes(scan):
     return torch.stack(moves, 1)
 
 
-def switch_off(model, what):
-    """Take the selection out of a model for good: -> the model, of the same shape and cost.
-
-    "delta"   dt_proj is shown zeros: Δ = softplus(bias) at every token, while B and C still depend
-              on it. The weight of dt_proj is then without effect
-    "all"     x_proj is shown ones: Δ, B and C are learned, and the same at every token. S4 fixes
-              them too, but this is not S4: A is real, and convolution and gate are Mamba's
-    """
-    def constant(_, inputs):
-        return torch.zeros_like(inputs[0]) if what == "delta" else torch.ones_like(inputs[0])
-
-    for module in model.modules():
-        if isinstance(module, S6):
-            maps = module.dt_proj if what == "delta" else module.x_proj
-            maps.register_forward_pre_hook(constant)
-    return model
-
-
 # --------------------------------------------------------------------------------------------------
-# Files: checkpoints in, rows and figures out.
+# Files: models in, rows and figures out.
 
-def open_checkpoints(args, names, command):
+def load(path, **modules):
+    """Fill modules from a checkpoint, by their names in it: -> all of it; or end with one line."""
+    try:
+        state = read_checkpoint(path)
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+        return state
+    except Exception as error:           # what zipfile and torch say of a damaged or other file
+        sys.exit(f"visualize_delta.py: cannot use {path} ({first_line(error)}): name others by "
+                 f"--checkpoint, or leave out --resume")
+
+
+def trained_models(args, names, command):
     """What a training script saved: -> its dictionaries. Ends with one line if there are none.
 
     They are those of --checkpoint, or every seed of the first of the names that is in --out.
     """
     found = (sorted(glob.glob(f"{glob.escape(args.out)}/{name}-seed*.pt")) for name in names)
-    paths, states = args.checkpoint or next(filter(None, found), []), []
+    paths = args.checkpoint or next(filter(None, found), [])
     if not paths:
         sys.exit(f"visualize_delta.py: no trained model in {args.out}: run {command} first")
-    for path in paths:
-        try:
-            states.append(read_checkpoint(path))
-            if len(states[-1]["scores"]) < states[-1]["recipe"]["epochs"]:
-                raise ValueError("its training has not finished")
-        except Exception as error:       # also what zipfile and torch say of a damaged file
-            sys.exit(f"visualize_delta.py: cannot use {path} ({first_line(error)}): name others by "
-                     f"--checkpoint")
-    return states
+    states = {path: load(path) for path in paths}
+    for path, state in states.items():
+        if len(state.get("scores", [])) < state.get("recipe", {}).get("epochs", 1):
+            sys.exit(f"visualize_delta.py: the training of {path} has not finished: go on with it "
+                     f"by {command} --resume, or name others by --checkpoint")
+    return list(states.values())
 
 
 def make_pair(state, make):
@@ -184,19 +170,25 @@ def make_pair(state, make):
     return {"trained": trained, "untrained": untrained}
 
 
-def keep(path, rows, **same):
+def keep(name, rows, **same):
     """Rows, with what is the same in all of them and the command that made them, as a CSV file."""
     command = "python " + shlex.join(sys.argv)
-    write_rows(path, [{**row, **same, "command": command} for row in rows])
-    print(f"wrote {path}", flush=True)
+    write_rows(f"results/{name}.csv", [{**row, **same, "command": command} for row in rows])
+    print(f"wrote results/{name}.csv", flush=True)
 
 
-def save(path, figure, title=None):
+def kept(name):
+    """The rows of a table that was written before; none if there is no such table."""
+    path = f"results/{name}.csv"
+    return list(csv.DictReader(open(path, encoding="utf-8"))) if os.path.exists(path) else []
+
+
+def save(name, figure, title=None):
     """A figure as a PNG file."""
     figure.suptitle(title)
-    write(path, lambda part: figure.savefig(part, format="png"))
+    write(f"figures/{name}.png", lambda part: figure.savefig(part, format="png"))
     plt.close(figure)
-    print(f"wrote {path}", flush=True)
+    print(f"wrote figures/{name}.png", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,15 +198,7 @@ def save(path, figure, title=None):
 # rank correlation: it asks only whether more ink goes with more Δ, in a straight line or not. It is
 # taken within each digit, since thick digits have more of everything.
 
-def load_digits(state, data_dir):
-    """The images that a checkpoint's model was made for: -> Data. Ends with one line for others."""
-    recipe = state["recipe"]
-    if (recipe.get("dataset") not in ("mnist", "fashion") or recipe["patch"] == 1
-            or recipe["layers"] == 0 or recipe["model"] not in ("bidirectional", "causal")):
-        sys.exit("visualize_delta.py: only a Vision Mamba that reads MNIST by patches can be "
-                 "looked at: name another by --checkpoint")
-    source = "synthetic" if state["data"].startswith("synthetic") else "real"
-    return train_mnist.load_data(recipe["dataset"], source, data_dir, 0)
+BACK = range(6)      # Δ is compared with what its scan reads now, and up to five tokens earlier
 
 
 @torch.no_grad()
@@ -228,10 +212,9 @@ def read_images(model, images):
     gates = {}
     for name, scan in scans.items():
         _, layer, branch, _ = name.split(".")              # body.0.second.s6
-        causal = model.body[int(layer)].direction == "causal"
-        backward = branch == "second" and not causal
-        way = f"{branch} branch" if causal else "backward" if backward else "forward"
-        gates[f"layer {int(layer) + 1}, {way}", backward] = (gate(scan) / resting(scan)).cpu()
+        both = model.body[int(layer)].direction == "bidirectional"
+        way = {"first": "forward", "second": "backward"}[branch] if both else f"{branch} branch"
+        gates[f"layer {int(layer) + 1}, {way}", way == "backward"] = over_rest(scan).cpu()
     return gates
 
 
@@ -254,7 +237,7 @@ def show_gate(ax, pixels, ratio, backward, norm):
     return ax.imshow(on_grid(ratio, backward), cmap="RdBu_r", norm=norm, extent=(0, side, side, 0))
 
 
-def draw_digit(path, pixels, gates, title):
+def draw_digit(name, pixels, gates, title):
     """Δ of every scan over the digit's outline; trained above, untrained below, on one scale.
 
     pixels (h, w), 0 … 255; gates {"trained": what read_images gave for it, "untrained": …}
@@ -270,7 +253,7 @@ def draw_digit(path, pixels, gates, title):
             shown = show_gate(ax, pixels, ratio[0], backward, norm)
             ax.set_title(label)
     figure.colorbar(shown, ax=axes, shrink=0.8, label="Δ / its resting value softplus(bias)")
-    save(path, figure, title)
+    save(name, figure, title)
 
 
 def animate(path, pixels, gates, moves):
@@ -314,9 +297,6 @@ def rank_correlation(a, b):
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-9)
 
 
-BACK = range(6)      # Δ is compared with what its scan reads now, and up to five tokens earlier
-
-
 def correlate(ratio, ink):
     """Columns of results/delta.csv: rank correlation within each digit, mean over the digits.
 
@@ -335,7 +315,7 @@ def correlate(ratio, ink):
     return {column: f"{value.item():.3f}" for column, value in row.items()}
 
 
-def draw_ink(path, rows, title):
+def draw_ink(name, rows, title):
     """A column per scan: rank correlation of Δ with the ink, over tokens back."""
     scans = list(dict.fromkeys(row["scan"] for row in rows))
     figure, axes = plt.subplots(1, len(scans), figsize=(2.9 * len(scans) + 0.6, 3.2), sharey=True)
@@ -349,60 +329,57 @@ def draw_ink(path, rows, title):
         ax.axhline(0, color="black", linewidth=0.8)
     axes[0].set_ylabel("rank correlation of Δ with ink")
     axes[0].legend()
-    save(path, figure, title)
-
-
-def correlate_all(states, pairs, images, normalised):
-    """Every scan of every model with the ink that it read: -> rows for results/delta.csv.
-
-    images uint8 (b, 1, h, w), and the same as the models read them
-    """
-    rows = []
-    for state, pair in zip(states, pairs):
-        for look, model in pair.items():
-            for (scan, backward), ratio in read_images(model, normalised).items():
-                patch = images.shape[-1] // math.isqrt(ratio.shape[1])
-                ink = F.avg_pool2d(images.float() / 255, patch).flatten(1)     # (b, l)
-                rows.append({"model": look, "seed": state["recipe"]["seed"], "scan": scan,
-                             **correlate(ratio, ink.flip(1) if backward else ink)})
-    return rows
+    save(name, figure, title)
 
 
 def look_at_digits(args, device):
     """Figures of Δ on one digit and on a thousand, the animation, and results/delta.csv."""
     names = ("mnist", "synthetic_digits", "mnist_quick", "synthetic_digits_quick")
-    states = open_checkpoints(args, [f"{name}-bidirectional" for name in names],
-                              "python train_mnist.py")
-    data, name = load_digits(states[0], args.data_dir), states[0]["data"].split(":")[0]
+    states = trained_models(args, [f"{name}-bidirectional" for name in names],
+                            "python train_mnist.py")
+    recipe, name = states[0]["recipe"], states[0].get("data", "").split(":")[0]
+    if recipe.get("patch", 1) == 1 or recipe["layers"] == 0 or recipe["model"] in ("rnn", "s4"):
+        sys.exit("visualize_delta.py: only a Vision Mamba that reads MNIST by patches can be "
+                 "looked at: name another by --checkpoint")
+    source = "synthetic" if name.startswith("synthetic") else "real"
+    data = train_mnist.load_data(recipe["dataset"], source, args.data_dir, 0)
     pairs = [make_pair(state, lambda: train_mnist.build(state["recipe"], data).to(device))
              for state in states]
 
-    def normalised(images):
-        return train_mnist.prepare(states[0]["recipe"], data, images, None)[0].to(device)
+    def read(model, images):
+        return read_images(model, train_mnist.prepare(recipe, data, images, None)[0].to(device))
 
-    images = data.test_images[:1000]
-    rows = correlate_all(states, pairs, images, normalised(images))
+    # A thousand digits: every scan of every model, with the ink that it read.
+    images, rows = data.test_images[:1000], []
+    ink = F.avg_pool2d(images.float() / 255, recipe["patch"]).flatten(1)       # (b, l)
+    for state, pair in zip(states, pairs):
+        for look, model in pair.items():
+            rows += [{"model": look, "seed": state["recipe"]["seed"], "scan": scan,
+                      **correlate(ratio, ink.flip(1) if backward else ink)}
+                     for (scan, backward), ratio in read(model, images).items()]
     suffix = "" if name == "mnist" else "_" + name.replace("-", "_")
-    suffix += "_causal" if states[0]["recipe"]["model"] == "causal" else ""
-    keep(f"results/delta{suffix}.csv", rows, digits=len(images), dataset=name,
-         device=describe(device), torch=torch.__version__)
-    draw_ink(f"figures/delta_ink{suffix}.png", rows,
+    suffix += "" if recipe["model"] == "bidirectional" else f"_{recipe['model']}"
+    keep(f"delta{suffix}", rows, digits=len(images), dataset=name, device=describe(device),
+         torch=torch.__version__)
+    draw_ink(f"delta_ink{suffix}", rows,
              f"{name}: the patches of {len(images):,} test digits, a line per model")
 
+    # One digit, by the models of the first seed.
     places = (data.test_labels == args.digit).nonzero().flatten()
     if args.index >= len(places):
         sys.exit(f"visualize_delta.py: {name} has {len(places)} test images of a {args.digit}: "
                  f"--index must be 0 … {len(places) - 1}")
     image = data.test_images[places[args.index]][None]                         # (1, 1, h, w)
-    gates = {look: read_images(model, normalised(image)) for look, model in pairs[0].items()}
-    with watch(pairs[0]["trained"]) as scans, torch.no_grad():
-        answer = pairs[0]["trained"](normalised(image)).argmax(1).item()
+    gates = {look: read(model, image) for look, model in pairs[0].items()}
     if (args.digit, args.index) != (7, 0):
         suffix += f"_{args.digit}_{args.index}"
-    draw_digit(f"figures/delta_digit{suffix}.png", image[0, 0], gates, f"{name}, test image "
-               f"{args.index} of digit {args.digit}; the model says {answer}")
-    animate(f"figures/scan{suffix}.gif", image[0, 0], dict(list(gates["trained"].items())[-2:]),
-            [changes(scan).cpu() for scan in list(scans.values())[-2:]])       # the last layer
+    draw_digit(f"delta_digit{suffix}", image[0, 0], gates,
+               f"{name}, test image {args.index} of digit {args.digit}, seed {rows[0]['seed']}")
+    with watch(pairs[0]["trained"]) as scans:
+        read(pairs[0]["trained"], image)
+    last = slice(-2, None)               # the two scans of the last layer
+    animate(f"figures/scan{suffix}.gif", image[0, 0], dict([*gates["trained"].items()][last]),
+            [changes(scan).cpu() for scan in [*scans.values()][last]])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -443,11 +420,11 @@ def read_text(model, tokens, piece=4096):
     with watch(model) as scans:
         for part in tokens.split(piece):           # the state goes on, the memory does not grow
             _, states = model(part[None], states)
-            pieces.append(torch.stack([(gate(s) / resting(s))[0].cpu() for s in scans.values()]))
+            pieces.append(torch.stack([over_rest(scan)[0].cpu() for scan in scans.values()]))
     return torch.cat(pieces, 1)
 
 
-def draw_text(path, string, curves, rows, title):
+def draw_text(name, string, curves, rows, title):
     """A row per layer: left Δ along a passage, right its mean by kind of character, all seeds.
 
     curves {"trained": Δ over its resting value (layers, l), "untrained": …}; rows as in the CSV
@@ -470,18 +447,18 @@ def draw_text(path, string, curves, rows, title):
     axes[0, 1].set_title("mean over the text")
     axes[0, 1].invert_yaxis()
     axes[-1, 1].set_xlabel("a dot per seed")
-    save(path, figure, title)
+    save(name, figure, title)
 
 
 def look_at_text(args, device):
     """Δ of every layer over the validation text: a figure, and results/delta_text.csv."""
     names = ("shakespeare", "synthetic_pydoc", "shakespeare_quick", "synthetic_pydoc_quick")
-    states = open_checkpoints(args, names, "python train_shakespeare.py")
+    states = trained_models(args, names, "python train_shakespeare.py")
     name, rows, passages = states[0].get("text", "?").split(":")[0], [], []
-    if any(state.get("text", "?").split(":")[0] not in names + (name,) for state in states) or (
-            name.replace("-", "_") not in names):
-        sys.exit("visualize_delta.py: only a model of Shakespeare or of Python's help texts can be "
-                 "looked at: name another by --checkpoint")
+    if name.replace("-", "_") not in names or any(
+            state.get("text", "?").split(":")[0] != name for state in states):
+        sys.exit("visualize_delta.py: only models of one text, Shakespeare or Python's help texts, "
+                 "can be looked at: name others by --checkpoint")
     text = load_text(args.data_dir, "synthetic" if "pydoc" in name else "real", None)
     string = "".join(text.vocabulary[token] for token in text.valid)
     kinds = kinds_of(string)
@@ -495,9 +472,9 @@ def look_at_text(args, device):
                   **{kind: f"{values[mask].mean().item():.3f}" for kind, mask in masks.items()}}
                  for look, ratio in curves.items() for layer, values in enumerate(ratio, 1)]
     suffix = "" if name == "shakespeare" else "_" + name.replace("-", "_")
-    keep(f"results/delta_text{suffix}.csv", rows, characters=len(string), text=name,
-         device=describe(device), torch=torch.__version__)
-    draw_text(f"figures/delta_text{suffix}.png", string[PASSAGE], passages[0], rows,
+    keep(f"delta_text{suffix}", rows, characters=len(string), text=name, device=describe(device),
+         torch=torch.__version__)
+    draw_text(f"delta_text{suffix}", string[PASSAGE], passages[0], rows,
               f"{name}: the beginning of the validation text, seed {rows[0]['seed']}")
 
 
@@ -506,7 +483,8 @@ def look_at_text(args, device):
 #
 # They differ in one thing each. "priced" has the weights and the data of "unpriced", and only its
 # loss is another. "fixed-delta" can choose what to write, but not how much; "fixed" can choose
-# nothing. The RNN is what came before. All have the same number of parameters, to 1 %.
+# nothing. The RNN is what came before. All have the same number of parameters, to 1 %. "paper" is
+# "unpriced" again, trained longer and at a constant learning rate.
 
 SYMBOLS = 16         # the ordinary tokens, 0 … 15
 MARKER = 16          # of the needle
@@ -519,7 +497,26 @@ MODELS = {  # name: colour, in words
     "fixed-delta": ("#ff7f0e", "Δ fixed, B and C selective"),
     "fixed": ("#9467bd", "Δ, B, C fixed"),
     "rnn": ("#7f7f7f", "vanilla RNN"),
+    "paper": ("#17becf", "selection, the paper's recipe"),
 }
+
+
+def switch_off(model, what):
+    """Take the selection out of a model for good: -> the model, of the same shape and cost.
+
+    "delta"   dt_proj is shown zeros: Δ = softplus(bias) at every token, while B and C still depend
+              on it. The weight of dt_proj is then without effect
+    "all"     x_proj is shown ones: Δ, B and C are learned, and the same at every token. S4 fixes
+              them too, but this is not S4: A is real, and convolution and gate are Mamba's
+    """
+    def constant(_, inputs):
+        return torch.zeros_like(inputs[0]) if what == "delta" else torch.ones_like(inputs[0])
+
+    for module in model.modules():
+        if isinstance(module, S6):
+            maps = module.dt_proj if what == "delta" else module.x_proj
+            maps.register_forward_pre_hook(constant)
+    return model
 
 
 class RNNLM(nn.Module):
@@ -570,8 +567,22 @@ def learn(model, optimizer, tokens, answers, price=0.0):
     return task.item()
 
 
+def show_step(name, seed, step, steps, length, loss):
+    """A line now and then."""
+    if step % 100 == 0:
+        print(f"  {name} seed {seed}  step {step}/{steps}  length {length}  loss {loss:.4f}",
+              flush=True)
+
+
+def facts_of(model, steps, length, seconds, device):
+    """What stands in every row about a model that was taught."""
+    return {"params": sum(p.numel() for p in model.parameters()), "steps": steps,
+            "taught_up_to": length, "training_seconds": f"{seconds:.0f}",
+            "device": describe(device), "torch": str(torch.__version__)}
+
+
 def taught(args, task, names, teach, device, **recipe):
-    """Every model with every seed, taught now, or before with --resume: yields it and its facts.
+    """Every model with every seed, taught now, or before with --resume.
 
     teach   (model, name, seed, device, **recipe) -> the greatest length that it came to
     Yields name, seed, model, facts; the facts stand in every row about this model.
@@ -580,19 +591,11 @@ def taught(args, task, names, teach, device, **recipe):
         path = os.path.join(args.out, f"{task}-{name}-seed{seed}.pt")
         model, start = build(name, seed).to(device), time.perf_counter()
         if args.resume and os.path.exists(path):
-            try:
-                state = read_checkpoint(path)
-                model.load_state_dict(state["weights"])
-            except Exception as error:   # damaged, or made by another version of this file
-                sys.exit(f"visualize_delta.py: cannot use {path} ({first_line(error)}): start "
-                         f"without --resume")
+            state = load(path, weights=model)
         else:
             length = teach(model, name, seed, device, **recipe)
-            facts = {"params": sum(p.numel() for p in model.parameters()),
-                     "steps": recipe["steps"], "taught_up_to": length,
-                     "training_seconds": f"{time.perf_counter() - start:.0f}",
-                     "device": describe(device), "torch": str(torch.__version__)}
-            state = {"weights": model.state_dict(), "facts": facts}
+            state = {"weights": model.state_dict(), "facts": facts_of(
+                model, recipe["steps"], length, time.perf_counter() - start, device)}
             write(path, lambda part: torch.save(state, part))
         yield name, seed, model, state["facts"]
 
@@ -609,11 +612,11 @@ def along(model, tokens):
             for values in (gate, changes)]
 
 
-def draw_along(path, panels, marks, marked, title):
+def draw_along(name, panels, marks, marked, title):
     """A column per model: above Δ, below the change of h; panels {name: what `along` gave}."""
     figure, axes = plt.subplots(2, len(panels), figsize=(3.1 * len(panels) + 0.6, 5), sharex=True,
                                 sharey="row", squeeze=False)
-    for column, (name, curves) in zip(axes.T, panels.items()):
+    for column, (model, curves) in zip(axes.T, panels.items()):
         for ax, layers in zip(column, curves):
             for layer, (values, color) in enumerate(zip(layers, LAYERS), 1):
                 ax.plot(values, color=color, linewidth=1, alpha=0.8, label=f"layer {layer}")
@@ -621,16 +624,17 @@ def draw_along(path, panels, marks, marked, title):
                 ax.axvline(place, color="#ffd92f", linewidth=5, alpha=0.5, zorder=0,
                            label=None if i else marked)
             ax.set_yscale("log")
-        column[0].set_title(MODELS[name][1] if name in MODELS else name)
+        column[0].set_title(MODELS[model][1] if model in MODELS else model)
         column[1].set_xlabel("token")
     axes[0, 0].set_ylabel("Δ, mean over channels")
     axes[1, 0].set_ylabel("change of h, ‖h_t - h_{t-1}‖")
     axes[0, 0].legend()
-    save(path, figure, f"{title}; what is under {FLOOR:.0e} is drawn there")
+    save(name, figure, f"{title}; what is under {FLOOR:.0e} is drawn there")
 
 
 # --------------------------------------------------------------------------------------------------
-# A needle in a haystack: a marker, then the symbol to remember, and the marker again at the end.
+# A needle in a haystack (the paper's induction heads, section 4.1.2): in noise stands a marker, then
+# the symbol to remember; when the marker comes again, at the end, that symbol is asked for.
 #
 # To find a needle a model must write at two tokens and then leave its state alone, for as long as
 # it takes: what a gate is for. A leak that costs nothing at length 256 is multiplied by 4,096 at a
@@ -638,6 +642,7 @@ def draw_along(path, panels, marks, marked, title):
 
 TAUGHT = (8, 16, 32, 64, 128, 256)       # lengths in training
 FULL, QUICK = (600, 4096, 20), (300, 2048, 12)     # steps, tokens a step, log₂ of greatest length
+STAGES = (2048, 4096, 8192, 16384, 32768)          # of the paper's recipe: see teach_as_the_paper
 SHORTEST = 6         # log₂ of the smallest length that is tested
 DEPTHS = 8           # into which a haystack is divided in figures/needle_grid.png
 PIECE = 2 ** 14      # tokens that are evaluated at a time
@@ -682,10 +687,34 @@ def teach_needle(model, name, seed, device, steps, tokens_per_step):
         loss = learn(model, optimizer, tokens.to(device), answers[:, None].to(device),
                      0.01 if last and name == "priced" else 0.0)
         level += not last and loss < 0.05
-        if step % 100 == 0:
-            print(f"  {name} seed {seed}  step {step}/{steps}  length {length}  loss {loss:.4f}",
-                  flush=True)
+        show_step(name, seed, step, steps, length, loss)
     return TAUGHT[level - 1] if level else 0
+
+
+def teach_as_the_paper(args, seed, device):
+    """A constant learning rate, always length 256, no price: yields model and facts at each stage.
+
+    The paper has 204,800 steps of 8 x 256 tokens; this goes on as long as an hour lasts. Each stage
+    is saved together with the optimizer, and --resume goes on from the last one.
+    """
+    model, step, seconds = build("paper", seed).to(device), 0, 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    for stage in STAGES[:1] if args.quick else STAGES:
+        path = os.path.join(args.out, f"needle_paper-{stage}-seed{seed}.pt")
+        if args.resume and os.path.exists(path):
+            state = load(path, weights=model, optimizer=optimizer)
+            step, seconds = stage, state["seconds"]
+        start = time.perf_counter() - seconds
+        while step < stage:
+            tokens, _, answers = random_needles(8, TAUGHT[-1], generator(seed, "paper", step))
+            loss = learn(model, optimizer, tokens.to(device), answers[:, None].to(device))
+            step += 1
+            show_step("paper", seed, step, STAGES[-1], TAUGHT[-1], loss)
+        seconds = time.perf_counter() - start
+        state = {"weights": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "seconds": seconds}
+        write(path, lambda part: torch.save(state, part))
+        yield model, facts_of(model, stage, TAUGHT[-1], seconds, device)
 
 
 @torch.inference_mode()
@@ -723,8 +752,8 @@ def ask_at_all_lengths(model, name, seed, longest, device, facts):
         accuracy, seconds = found[i].mean().item(), time.perf_counter() - start
         rows.append({"model": name, "seed": seed, "length": length, "haystacks": count,
                      "accuracy": f"{accuracy:.1f}", "seconds": f"{seconds:.1f}", **facts})
-        print(f"RESULT model={name} seed={seed} length={length} accuracy={accuracy:.1f}",
-              flush=True)
+        print(f"RESULT model={name} seed={seed} steps={facts['steps']} length={length} "
+              f"accuracy={accuracy:.1f}", flush=True)
         if accuracy < 20:
             break
     return rows, found
@@ -760,44 +789,53 @@ def gates_at_needles(model, name, seed, device, count=100, length=1024):
     return rows
 
 
-def draw_lengths(path, found):
-    """Needles found over length, a line per model and seed: {(name, seed): (lengths, DEPTHS)}."""
-    figure, ax = plt.subplots(figsize=(8, 4.2))
-    seeds = list(dict.fromkeys(seed for _, seed in found))
-    for (name, seed), grid in found.items():
-        color, words = MODELS[name]
-        ax.plot(2.0 ** (SHORTEST + torch.arange(len(grid))), grid.mean(1), "o-", color=color,
-                alpha=0.7, markersize=4, label=words if seed == seeds[0] else None)
+def draw_lengths(name, rows):
+    """Needles found over length, a line per model, seed and number of training steps."""
+    lines = {}
+    for row in rows:
+        line = lines.setdefault((row["model"], int(row["seed"]), int(row["steps"])), [])
+        line.append((int(row["length"]), float(row["accuracy"])))
+    figure, ax = plt.subplots(figsize=(9.5, 4.4))
+    labels = set()
+    for (model, _, steps), points in lines.items():
+        color, words = MODELS[model]
+        label = f"{words}, {steps:,} steps"
+        # The stages of the paper's recipe have one colour, which grows stronger.
+        look = ("o--", 0.2 + 0.8 * steps / max(STAGES)) if model == "paper" else ("o-", 0.7)
+        ax.plot(*zip(*points), look[0], color=color, markersize=4, alpha=look[1],
+                label=None if label in labels else label)
+        labels.add(label)
     ax.set_xscale("log", base=2)
     ax.axvspan(2 ** SHORTEST, TAUGHT[-1], color="0.9", zorder=0, label="lengths of the training")
     ax.axhline(100 / SYMBOLS, color="black", linestyle=":", linewidth=1, label="guessing")
     ax.set(xlabel="length of the haystack (tokens)", ylabel="needles found (%)", ylim=(-3, 103))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    save(path, figure, f"a line per model and seed ({', '.join(map(str, seeds))})")
+    seeds = dict.fromkeys(seed for _, seed, _ in lines)
+    save(name, figure, f"a line per model and seed ({', '.join(map(str, seeds))})")
 
 
-def draw_grid(path, found):
+def draw_grid(name, found):
     """Needles found by depth and by length, mean over seeds; white where one was not tested."""
-    names = list(dict.fromkeys(name for name, _ in found))
-    figure, axes = plt.subplots(1, len(names), figsize=(2.9 * len(names) + 1, 3.2), sharey=True,
+    models = list(dict.fromkeys(model for model, _ in found))
+    figure, axes = plt.subplots(1, len(models), figsize=(2.9 * len(models) + 1, 3.2), sharey=True,
                                 squeeze=False)
-    for ax, name in zip(axes[0], names):
-        mean = torch.stack([grid for (model, _), grid in found.items() if model == name]).mean(0)
+    for ax, model in zip(axes[0], models):
+        mean = torch.stack([grid for (other, _), grid in found.items() if other == model]).mean(0)
         powers = range(SHORTEST, SHORTEST + len(mean))
         shown = ax.imshow(mean.T, cmap="RdYlBu", vmin=0, vmax=100, aspect="auto",
                           extent=(powers[0] - 0.5, powers[-1] + 0.5, 100, 0))
-        ax.set(title=MODELS[name][1], xlabel="length, tokens")
+        ax.set(title=MODELS[model][1], xlabel="length, tokens")
         ax.grid(False)
         ax.set_xticks(powers[::4], [f"$2^{{{power}}}$" for power in powers[::4]])
     axes[0, 0].set_ylabel("depth of the needle (%)")
     figure.colorbar(shown, ax=axes, label="found (%)")
-    save(path, figure)
+    save(name, figure)
 
 
 def look_for_needles(args, device):
     """Teach every model, ask it at every length, and look at its gates: rows and figures."""
     steps, batch, longest = QUICK if args.quick else FULL
-    names, quick = (["priced"], "_quick") if args.quick else (list(MODELS), "")
+    names, quick = (["priced"], "_quick") if args.quick else (list(MODELS)[:5], "")
     print(f"needle: {steps} steps of {batch} tokens, seeds {args.seeds}; loss of a blind guess "
           f"ln {SYMBOLS} = {math.log(SYMBOLS):.4f}", flush=True)
     rows, gates, found = [], [], {}
@@ -813,20 +851,31 @@ def look_for_needles(args, device):
     place, seed = 341, args.seeds[0]     # a third of the way in, for the figure
     tokens = next(haystacks(1024, torch.tensor([place]), torch.tensor([7]),
                             generator(seed, "one haystack"))).to(device)
-    keep(f"results/needle{quick}.csv", rows)
-    keep(f"results/needle_delta{quick}.csv", gates)
-    draw_along(f"figures/needle_delta{quick}.png",
+    keep(f"needle{quick}", rows)
+    keep(f"needle_delta{quick}", gates)
+    draw_along(f"needle_delta{quick}",
                {name: along(model, tokens) for (name, s), model in models.items() if s == seed},
                [place + 1], "needle", f"one haystack, seed {seed}")
-    draw_lengths(f"figures/needle_lengths{quick}.png", found)
-    draw_grid(f"figures/needle_grid{quick}.png", found)
+    draw_lengths(f"needle_lengths{quick}", rows + kept(f"needle_paper{quick}"))
+    draw_grid(f"needle_grid{quick}", found)
+
+
+def look_as_the_paper(args, device):
+    """What the price on writing buys: ask a model without one after each doubling of its steps."""
+    quick, rows, longest = "_quick" if args.quick else "", [], (QUICK if args.quick else FULL)[-1]
+    for seed in args.seeds:
+        for model, facts in teach_as_the_paper(args, seed, device):
+            rows += ask_at_all_lengths(model, "paper", seed, longest, device, facts)[0]
+    keep(f"needle_paper{quick}", rows)
+    draw_lengths(f"needle_lengths{quick}", kept(f"needle{quick}") + rows)
 
 
 # --------------------------------------------------------------------------------------------------
-# Selective copying: symbols among blanks, to be repeated in order.
+# Selective copying (section 4.1.1): symbols among blanks, to be repeated in order.
 #
 # A model that treats all tokens alike can repeat what came a fixed number of tokens ago. Here the
-# distances are random: it must pass over the blanks, or they take up its state.
+# distances are random: it must pass over the blanks, or they take up its state. (The paper's task
+# is longer: 4,096 tokens, of 16 kinds with the noise, and 400,000 steps.)
 
 COPIED = 16          # symbols to repeat
 
@@ -856,9 +905,7 @@ def teach_copying(model, name, seed, device, steps, length):
         now = COPIED + round((length - COPIED) * grown)
         tokens, _, symbols = scattered(max(4, 4096 // (now + COPIED)), now, random)
         loss = learn(model, optimizer, tokens.to(device), symbols.to(device))
-        if step % 100 == 0:
-            print(f"  {name} seed {seed}  step {step}/{steps}  length {now}  loss {loss:.4f}",
-                  flush=True)
+        show_step(name, seed, step, steps, now, loss)
     return now
 
 
@@ -890,8 +937,8 @@ def look_at_copying(args, device):
         print(f"RESULT model={name} seed={seed} length={length} accuracy={accuracy:.2f}",
               flush=True)
     tokens, places, _ = scattered(1, length, generator(args.seeds[0], "one sequence"))
-    keep(f"results/copying{suffix}.csv", rows)
-    draw_along(f"figures/copying{suffix}.png",
+    keep(f"copying{suffix}", rows)
+    draw_along(f"copying{suffix}",
                {name: along(model, tokens.to(device)) for name, model in first.items()},
                places[0].tolist(), "symbol to repeat",
                f"one sequence, seed {args.seeds[0]}, its answer from token {length} on")
@@ -900,8 +947,8 @@ def look_at_copying(args, device):
 # --------------------------------------------------------------------------------------------------
 # The command line.
 
-TASKS = {"digits": look_at_digits, "needle": look_for_needles, "copying": look_at_copying,
-         "text": look_at_text}
+TASKS = {"digits": look_at_digits, "needle": look_for_needles, "paper": look_as_the_paper,
+         "copying": look_at_copying, "text": look_at_text}
 
 
 def parse(arguments):
@@ -910,17 +957,17 @@ def parse(arguments):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--task", choices=TASKS, nargs="+", default=["digits", "needle"], metavar="TASK",
-        help="of digits, needle, copying, text; default digits needle")
+        help=f"of {', '.join(TASKS)}; default digits needle")
     add("--digit", type=int, choices=range(10), default=7, metavar="0 … 9",
         help="the one to draw, default %(default)s")
     add("--index", type=int, default=0, help="which of its test images, default %(default)s")
     add("--checkpoint", nargs="+", metavar="FILE",
         help="of digits or text; default: every seed of the best model in --out")
-    add("--seeds", type=int, nargs="+", default=[0], help="of needle and copying, default 0")
+    add("--seeds", type=int, nargs="+", default=[0], help="of needle, paper, copying; default 0")
     add("--length", type=int, help="of copying, default 256; the paper's: 4096")
-    add("--quick", action="store_true", help="needle and copying: fewer steps, models and lengths")
+    add("--quick", action="store_true", help="needle, paper and copying: fewer steps and lengths")
     add("--resume", action="store_true",
-        help="take the models of needle and copying that are in --out, and train the others")
+        help="take the models of needle, paper and copying in --out, and train the others")
     add("--data-dir", default="data", help="default %(default)s")
     add("--out", default="checkpoints", help="folder for checkpoints, default %(default)s")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
