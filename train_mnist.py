@@ -367,6 +367,19 @@ def progress(log, steps, window):
             f"{seconds:.0f} s, {left:.0f} s left")
 
 
+def choose_device(name):
+    """-> torch.device: the one of that name, or for "auto" a GPU if there is one that CUDA knows."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if name == "cuda":               # torchrun counts the processes of one machine
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=name)
+    except Exception:                    # its kind depends on how torch was built
+        sys.exit(f"train_mnist.py: there is no device {name} here: use --device cpu")
+    return torch.device(name)
+
+
 def describe(device):
     """What it runs on, in a few words. Seconds mean nothing without it, nor does "bit for bit"."""
     count = torch.get_num_threads()
@@ -670,6 +683,18 @@ def result(name, recipe, data, device, run):
                   "command": "python " + shlex.join(sys.argv)}
 
 
+def write_rows(path, rows):
+    """A CSV file of dictionaries that have the same keys; an earlier one is set aside."""
+    def make(part):
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    set_aside(path)
+    write(path, make)
+
+
 def mean_sd(values, digits):
     """Mean ± standard deviation (n - 1), as text; of a single value, the value."""
     values = torch.tensor(values, dtype=torch.float64)
@@ -848,14 +873,7 @@ def main():
     # Ctrl-C must not hit between the gradient and the update: the step is done, then all is saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
-    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
-    device = torch.device("cpu" if device == "auto" else device)
-    try:
-        if device.type == "cuda":        # torchrun counts the processes of one machine
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device)
-    except Exception:                    # its kind depends on how torch was built
-        sys.exit(f"train_mnist.py: there is no device {device} here: use --device cpu")
+    device = choose_device(args.device)
     if recipe["batch"] % PROCESSES:
         sys.exit(f"train_mnist.py: {PROCESSES} processes cannot share a batch of "
                  f"{recipe['batch']}: use a --batch that {PROCESSES} divides")
@@ -889,14 +907,7 @@ def main():
         runs.setdefault(model, []).append(run)
         rows.append(result(model, settings, data, device, run))
     if RANK == 0 and args.compare:
-        def write_rows(part):
-            with open(part, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-
-        set_aside(f"results/{name}.csv")
-        write(f"results/{name}.csv", write_rows)
+        write_rows(f"results/{name}.csv", rows)
         title = f"{data.name}, seeds {', '.join(map(str, seeds))}"
         if recipe["recipe"] == "poster":
             draw_rows(f"figures/{name}.png", rows, title)

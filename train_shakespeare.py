@@ -280,6 +280,19 @@ def progress(log, steps, window):
             f"{seconds:.0f} s, {left:.0f} s left")
 
 
+def choose_device(name):
+    """-> torch.device: the one of that name, or for "auto" a GPU if there is one that CUDA knows."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if name == "cuda":               # torchrun counts the processes of one machine
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=name)
+    except Exception:                    # its kind depends on how torch was built
+        sys.exit(f"train_shakespeare.py: there is no device {name} here: use --device cpu")
+    return torch.device(name)
+
+
 def describe(device):
     """What it runs on, in a few words. Seconds mean nothing without it, nor does "bit for bit"."""
     count = torch.get_num_threads()
@@ -626,15 +639,7 @@ def parse(arguments):
 def main():
     """Write a text; or train one model; or, with --seeds, several: then a table and a figure."""
     args, recipe = parse(sys.argv[1:])
-    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
-    device = torch.device("cpu" if device == "auto" else device)
-    try:
-        if device.type == "cuda":        # torchrun counts the processes of one machine
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device)
-    except Exception:                    # its kind depends on how torch was built
-        sys.exit(f"train_shakespeare.py: there is no device {device} here: use --device cpu")
-
+    device = choose_device(args.device)
     if args.generate is not None:
         torch.set_num_threads(1)         # products this small gain nothing from a second thread
         texts = [text_name(args.text)] if args.text else ["shakespeare", "synthetic-pydoc"]

@@ -57,7 +57,7 @@ import train_mnist
 from block import MambaLM
 from rnn import RNN
 from s6 import S6
-from train_mnist import describe, first_line, seed_for, write
+from train_mnist import choose_device, describe, first_line, seed_for, write
 from train_shakespeare import load_text, read_checkpoint, write_rows
 
 matplotlib.use("Agg")            # figures are files: no window is opened
@@ -980,12 +980,7 @@ def parse(arguments):
 
 def main():
     args = parse(sys.argv[1:])
-    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
-    device = torch.device("cpu" if device == "auto" else device)
-    try:
-        torch.zeros(1, device=device)
-    except Exception:                    # its kind depends on how torch was built
-        sys.exit(f"visualize_delta.py: there is no device {device} here: use --device cpu")
+    device = choose_device(args.device)
     # Under the price Δ sinks until numbers become denormal, and a CPU takes several times as long.
     # Threads inherit this when they start, so it comes before all work.
     torch.set_flush_denormal(True)
