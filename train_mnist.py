@@ -122,15 +122,20 @@ RECIPES["cifar10"] = dict(
     d_model=128, layers=4,
     hidden=268, state=132,               # 940,000 params
 )
-
-RECIPES["poster"] = dict(                # of published results: see "The poster" in README.md
+RECIPES["poster"] = dict(                # as the poster trains that this project answers to
     RECIPES["mnist"],
-    lr=1e-3, schedule="constant", weight_decay=0.01, average=0.0,
-    stem="patch", position="none", augment="none",
+    lr=1e-3, schedule="constant",        # neither a warm-up nor a decay: see ROWS for the rates
+    weight_decay=0.01,
+    average=0.0,
+    stem="patch",                        # a linear map of each patch: no token sees its neighbours
+    position="none",                     # nothing but the order says where a patch lies
+    augment="none",
     hidden=160,
 )
 
-# What --compare trains: a name for each row of the table, and what it changes in the recipe.
+# What --compare trains: a name for each row of the table, and what it changes in the recipe. From
+# one Mamba of the poster to the next one thing changes: the rate (and the clipping that goes with
+# it), the number of branches, the direction, and the rate again.
 ROWS = {name: {model: {"model": model} for model in ("bidirectional", "causal", "s4", "rnn")}
         for name in RECIPES}
 ROWS["next-pixel"] = {model: {"model": model} for model in ("causal", "s4")}
@@ -150,8 +155,9 @@ TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"
 def build(recipe, data):
     """The model of a recipe, for images like those of the data. Raises ValueError if that can't be.
 
-    Another model is another `if`: its body is a module that reads tokens, (b, l, d_model), and
-    returns (b, l, width). See that it has as many parameters as the others.
+    Another model is another `if`, a colour in MODELS, and a name in ROWS. Its body is a module that
+    reads tokens, (b, l, d_model), and returns (b, l, width). See that it has as many parameters as
+    the others, or the comparison says little.
     """
     model, d_model, layers = recipe["model"], recipe["d_model"], recipe["layers"]
     channels, *size = data.train_images.shape[1:]

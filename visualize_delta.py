@@ -338,7 +338,8 @@ def look_at_digits(args, device):
     states = trained_models(args, [f"{name}-bidirectional" for name in names],
                             "python train_mnist.py")
     recipe, name = states[0]["recipe"], states[0].get("data", "").split(":")[0]
-    if recipe.get("patch", 1) == 1 or recipe["layers"] == 0 or recipe["model"] in ("rnn", "s4"):
+    if (recipe.get("dataset") not in ("mnist", "fashion") or recipe.get("patch", 1) == 1
+            or recipe["layers"] == 0 or recipe["model"] in ("rnn", "s4")):
         sys.exit("visualize_delta.py: only a Vision Mamba that reads MNIST by patches can be "
                  "looked at: name another by --checkpoint")
     source = "synthetic" if name.startswith("synthetic") else "real"
