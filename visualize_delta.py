@@ -241,6 +241,8 @@ def draw_digit(name, pixels, gates, title):
     """Δ of every scan over the digit's outline; trained above, untrained below, on one scale.
 
     pixels (h, w), 0 … 255; gates {"trained": what read_images gave for it, "untrained": …}
+    What to see: below, nearly white everywhere. Above, red behind the strokes, in the direction of
+    reading: at the end of a row it goes on in the next one.
     """
     norm = gate_scale(ratio for scans in gates.values() for ratio in scans.values())
     columns = len(gates["trained"]) + 1
@@ -261,6 +263,8 @@ def animate(path, pixels, gates, moves):
 
     gates   {(label, backward): Δ over its resting value (1, l)} for two scans
     moves   change of h (1, l), for the same two
+    What to see: a causal scan knows the rows above, the backward one those below, and neither knows
+    the digit before the end.
     """
     length, norm, frames = moves[0].shape[1], gate_scale(gates.values()), []
     figure = plt.figure(figsize=(6, 5), dpi=80)
@@ -316,7 +320,11 @@ def correlate(ratio, ink):
 
 
 def draw_ink(name, rows, title):
-    """A column per scan: rank correlation of Δ with the ink, over tokens back."""
+    """A column per scan: rank correlation of Δ with the ink, over tokens back.
+
+    What to see: most trained lines are low at 0, the ink of the token itself, and high at 2 or 3.
+    Untrained ones go up or down as chance will have it.
+    """
     scans = list(dict.fromkeys(row["scan"] for row in rows))
     figure, axes = plt.subplots(1, len(scans), figsize=(2.9 * len(scans) + 0.6, 3.2), sharey=True)
     for row in rows:
@@ -429,6 +437,8 @@ def draw_text(name, string, curves, rows, title):
     """A row per layer: left Δ along a passage, right its mean by kind of character, all seeds.
 
     curves {"trained": Δ over its resting value (layers, l), "untrained": …}; rows as in the CSV
+    What to see: grey stays at 1. Red has peaks, but not where words end: in the last layer they are
+    at line breaks and in the speaker's name.
     """
     layers = len(curves["trained"])
     figure, axes = plt.subplots(layers, 2, figsize=(13, 1.9 * layers + 0.4), width_ratios=(4.6, 1),
@@ -614,7 +624,11 @@ def along(model, tokens):
 
 
 def draw_along(name, panels, marks, marked, title):
-    """A column per model: above Δ, below the change of h; panels {name: what `along` gave}."""
+    """A column per model: above Δ, below the change of h; panels {name: what `along` gave}.
+
+    What to see: the axes are logarithmic. Untrained, all tokens move the state alike. With a price,
+    the needle stands alone. Where Δ is fixed, the line above is flat.
+    """
     figure, axes = plt.subplots(2, len(panels), figsize=(3.1 * len(panels) + 0.6, 5), sharex=True,
                                 sharey="row", squeeze=False)
     for column, (model, curves) in zip(axes.T, panels.items()):
@@ -747,7 +761,7 @@ def ask_at_all_lengths(model, name, seed, longest, device, facts):
     rows, found = [], torch.full((longest - SHORTEST + 1, DEPTHS), math.nan)
     for i in range(len(found)):
         length, start = 2 ** (SHORTEST + i), time.perf_counter()
-        count = 64 if length <= 2 ** 16 else 16
+        count = 64 if length <= 2 ** 16 else 16            # a million tokens take minutes
         right = find_needles(model, length, count, seed, device)
         found[i] = 100 * right.view(DEPTHS, -1).float().mean(1)
         accuracy, seconds = found[i].mean().item(), time.perf_counter() - start
@@ -791,7 +805,11 @@ def gates_at_needles(model, name, seed, device, count=100, length=1024):
 
 
 def draw_lengths(name, rows):
-    """Needles found over length, a line per model, seed and number of training steps."""
+    """Needles found over length, a line per model, seed and number of training steps.
+
+    What to see: in the grey part, nearly all that was taught is learned. Beyond it, how far a line
+    stays at the top says how well the model leaves its state alone.
+    """
     lines = {}
     for row in rows:
         line = lines.setdefault((row["model"], int(row["seed"]), int(row["steps"])), [])
@@ -816,7 +834,10 @@ def draw_lengths(name, rows):
 
 
 def draw_grid(name, found):
-    """Needles found by depth and by length, mean over seeds; white where one was not tested."""
+    """Needles found by depth and by length, mean over seeds; white where one was not tested.
+
+    What to see: red comes from above, where needles stand early and have long to wait.
+    """
     models = list(dict.fromkeys(model for model, _ in found))
     figure, axes = plt.subplots(1, len(models), figsize=(2.9 * len(models) + 1, 3.2), sharey=True,
                                 squeeze=False)
