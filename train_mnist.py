@@ -35,6 +35,7 @@ import hashlib
 import itertools
 import math
 import os
+import pickle
 import platform
 import shlex
 import signal
@@ -446,6 +447,8 @@ def load(path, recipe, data, modules):
         for name, module in modules.items():
             module.load_state_dict(state[name])
         return state["step"], state["log"], state["scores"]
+    except pickle.UnpicklingError:       # torch's own words tell how to run it all the same
+        sys.exit(f"train_mnist.py: {path} holds more than numbers, and might run code: delete it")
     except Exception as error:           # no such file, or what zipfile and torch make of damage
         sys.exit(f"train_mnist.py: cannot go on from {path} ({first_line(error)}): start without "
                  f"--resume, or use the settings that made it")

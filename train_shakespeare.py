@@ -30,6 +30,7 @@ import hashlib
 import itertools
 import math
 import os
+import pickle
 import platform
 import shlex
 import signal
@@ -352,7 +353,10 @@ def read_checkpoint(path):
     with zipfile.ZipFile(path) as archive:         # torch.load does not look at the checksums
         if archive.testzip():
             raise ValueError("a checksum is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)         # runs no code
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)     # runs no code
+    except pickle.UnpicklingError:       # torch's own words tell how to run it all the same
+        raise ValueError("it holds more than numbers, and might run code: delete it") from None
 
 
 def load(path, recipe, text, modules, device):
