@@ -1,7 +1,7 @@
 """train_mnist.py: several models, one recipe, one table.
 
     python train_mnist.py                       the bidirectional Vision Mamba on MNIST, 5 epochs:
-                                                99.46 %, in at most 18 minutes on one core
+                                                99.46 %, in at most 19 minutes on one core
     python train_mnist.py --model causal        or s4, or rnn
     python train_mnist.py --lr 1e-3             any value of the recipe can be changed
     python train_mnist.py pixels                another recipe: each of the 784 pixels is a token
@@ -17,7 +17,7 @@
 
 Every model gets the same tokens (the stem), the same pooling, a linear head, the same number of
 parameters to 1 %, the same augmented images, optimizer and schedule. What differs is the body that
-reads the tokens. (For the next pixel, the blocks have the same number of parameters.)
+reads the tokens. (In the recipe poster more differs, and that is its subject.)
 
 How to read this file: the recipes, then `train`, which is the whole loop; the rest serves it.
 To change a value, or to add one: RECIPES. Another data set of torchvision: TORCHVISION. Another
@@ -66,8 +66,8 @@ MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c", "rnn
 
 
 # --------------------------------------------------------------------------------------------------
-# The recipes. Each value is also a flag: a value added here is a flag, and is in every checkpoint.
-# (next-pixel is not made from mnist, and needs it too. The limits of numbers stand in `parse`.)
+# The recipes. Each value but the task is also a flag: a value that you add here is a flag, and is in
+# every checkpoint. (The recipe next-pixel is written out in full: add the value there too.)
 
 RECIPES = {}
 RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held out: --holdout 5000
@@ -83,7 +83,7 @@ RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held 
     weight_decay=0.05,                   # for matrices alone: see block.parameter_groups
     average=0.998,                       # decay of the averaged weights, which are what is tested;
                                          # 0: no average, the weights themselves are tested
-    smoothing=0.0,                       # of the labels: how much chance is given to wrong classes
+    smoothing=0.0,                       # of the labels: probability that all classes share
     augment="warp",                      # or "shift-flip", for photographs, or "none"
     bf16=False,                          # train under autocast; weights, Δ and states stay float32
     patch=4,                             # pixels per side: 28/4 · 28/4 = 49 tokens
@@ -93,20 +93,20 @@ RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held 
     fuse="average",                      # of both branches; or "concat"
     d_model=64,                          # width of the residual stream
     layers=2,                            # S4 gets twice as many: two of its blocks cost one Mamba's
-    hidden=152,                          # width of the RNN, and
-    state=92,                            # numbers in a state of S4, so that all have 92,000 params
+    hidden=152,                          # width of the RNN: 92,000 parameters, as all have
+    state=92,                            # numbers in a state of S4: the same
 )
 RECIPES["pixels"] = dict(
     RECIPES["mnist"],
     patch=1, stem="patch",               # a token is a pixel
     position="axes",                     # a vector for each of 784 pixels would be half the model
-    augment="none",                      # the pixels are read once, so none is seen twice
+    augment="none",                      # in one epoch no image is seen twice
     epochs=1, batch=32,                  # 784 tokens take sixteen times as long as 49
-    hidden=153,                          # the budget again
+    hidden=153,                          # 86,000 parameters, as all have
 )
 RECIPES["next-pixel"] = dict(
     dataset="mnist", task="next-pixel",
-    model="causal",                      # or s4: what does not see the pixel that it must guess
+    model="causal",                      # or s4: both are causal
     seed=0, epochs=1, batch=16,
     lr=6e-3, schedule="cosine", clip=1.0, weight_decay=0.05, average=0.998,
     smoothing=0.0, bf16=False,
@@ -123,7 +123,7 @@ RECIPES["cifar10"] = dict(
     d_model=128, layers=4,
     hidden=268, state=132,               # 940,000 params
 )
-RECIPES["poster"] = dict(                # as the poster trains that this project answers to
+RECIPES["poster"] = dict(                # settings of a published poster: see README.md, Results
     RECIPES["mnist"],
     lr=1e-3, schedule="constant",        # neither a warm-up nor a decay: see ROWS for the rates
     weight_decay=0.01,
@@ -134,9 +134,9 @@ RECIPES["poster"] = dict(                # as the poster trains that this projec
     hidden=160,
 )
 
-# What --compare trains: a name for each row of the table, and what it changes in the recipe. From
-# one Mamba of the poster to the next one thing changes: the rate (and the clipping that goes with
-# it), the number of branches, the direction, and the rate again.
+# What --compare trains: a name for each row of the table, and what it changes in the recipe. Each
+# Mamba of the poster differs from the one above it in one respect: the learning rate (and the
+# clipping that goes with it), the number of branches, the direction, and the rate again.
 ROWS = {name: {model: {"model": model} for model in ("bidirectional", "causal", "s4", "rnn")}
         for name in RECIPES}
 ROWS["next-pixel"] = {model: {"model": model} for model in ("causal", "s4")}
@@ -150,9 +150,12 @@ ROWS["poster"] = {
 }
 PUBLISHED = {"rnn": 94.40, "forward-3e-4": 97.00, "bidirectional-1e-3": 97.93}    # %, one run each
 
-# What a value must be one of. (The words that describe a model, the model checks itself.)
+# The limits of values: words (those that describe a model, the model checks), and numbers, from
+# lowest to highest. All other numbers must be 0 or more.
 CHOICES = {"model": MODELS, "schedule": ("cosine", "constant"),
            "augment": ("warp", "shift-flip", "none")}
+LIMITS = {"average": (0, 1), "smoothing": (0, 1), "clip": (1e-9, 1e9), **dict.fromkeys(
+    ("epochs", "batch", "patch", "d_model", "hidden", "state"), (1, 10 ** 9))}
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
 
 
@@ -182,9 +185,7 @@ def build(recipe, data):
     if model == "s4":
         return ImageClassifier(S4Stack(d_model, 2 * layers, recipe["state"]), d_model, d_model,
                                **frame)
-    if model in ("bidirectional", "causal", "forward"):
-        return VisionMamba(d_model, layers, direction=model, fuse=recipe["fuse"], **frame)
-    raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model}")
+    return VisionMamba(d_model, layers, direction=model, fuse=recipe["fuse"], **frame)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def learning_rate(recipe, step, steps):
 
 
 def prepare(recipe, data, images, labels):
-    """Images (b, c, h, w) of 0 … 255 and labels (b,) -> what a model reads, and should say."""
+    """Images (b, c, h, w) of 0 … 255 and labels (b,) -> a model's inputs and targets."""
     if recipe["task"] == "next-pixel":   # tokens before each pixel, and the pixel: (b, h·w) int64
         pixels = images.flatten(1).long()
         return F.pad(pixels[:, :-1], (1, 0), value=BEGIN), pixels
@@ -226,7 +227,8 @@ def prepare(recipe, data, images, labels):
 
 
 def batch(recipe, data, step):
-    """Inputs and targets of a step. In an epoch each image comes once, in an order of its own.
+    """Inputs and targets of a step. In an epoch each image comes once, in an order of its own; the
+    few that are left at its end, too few for a batch, are not used.
 
     Which images: a function of (seed, step). How they are warped: of PyTorch's seed, set per step.
     """
@@ -386,7 +388,7 @@ def choose_device(name):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=name)
     except Exception:                    # its kind depends on how torch was built
-        sys.exit(f"train_mnist.py: there is no device {name} here: use --device cpu")
+        sys.exit(f"{Path(sys.argv[0]).name}: there is no device {name} here: use --device cpu")
     return torch.device(name)
 
 
@@ -412,8 +414,8 @@ def write(path, make):
         make(path + ".part")
         os.replace(path + ".part", path)
     except (OSError, RuntimeError) as error:       # torch.save calls a full disk a RuntimeError
-        sys.exit(f"train_mnist.py: cannot write {path} ({first_line(error)}): is the disk full, or "
-                 f"the folder read-only? Another --out helps. What was there before is untouched")
+        sys.exit(f"{Path(sys.argv[0]).name}: cannot write {path} ({first_line(error)}): is the disk "
+                 f"full, or the folder read-only? What was there before is untouched")
 
 
 def set_aside(path):
@@ -538,8 +540,8 @@ def load_data(dataset, source, data_dir, size):
 def load_folder(folder, size):
     """FOLDER/train/<class>/* and FOLDER/test/<class>/*, grey or colour -> Data.
 
-    Called after the folder. CIFAR-10-images is the usual name of a JPEG copy of CIFAR-10, whose
-    results are called cifar10-jpeg: what JPEG has lost, they have lost too.
+    The data set is named after its folder. Only CIFAR-10-images, as a copy of CIFAR-10 in JPEG files
+    is usually called, is cifar10-jpeg: its results are not quite those of CIFAR-10.
     """
     def read(path):                      # -> (3, h, w) uint8
         with Image.open(path) as image:
@@ -613,7 +615,7 @@ def shrink(data, args):
         name, test_x, test_y, x, y = f"{name}-holdout", x[keep:], y[keep:], x[:keep], y[:keep]
     if args.limit:
         name, x, y = f"{name}-limit-{args.limit}", x[:args.limit], y[:args.limit]
-    if args.quick:                       # pixels take ten times as long as patches
+    if args.quick:                       # a pixel per token takes over ten times as long
         count = 6400 if vars(args).get("patch", 1) > 1 else 640
         name, x, y = f"{name}-quick", x[:count], y[:count]
         test_x, test_y = test_x[:1000 * count // 6400], test_y[:1000 * count // 6400]
@@ -650,19 +652,16 @@ def warp(images, degrees, scale, shear, shift, generator=None):
 def shift_and_flip(images, padding=2):
     """Each image (b, c, h, w) shifted by up to `padding` pixels, and mirrored or not, by chance.
 
-    Pixel (i, j) of an image is the one in row rows[i] and column columns[j] of the padded image. So
-    the whole batch is one act of indexing, and nothing is interpolated.
+    Of all windows of the padded image that have its size (a view: nothing is copied), each image
+    takes one. Nothing is interpolated.
     """
     b, _, h, w = images.shape
-    images = F.pad(images, (padding,) * 4, mode="reflect")
-    top, left = torch.randint(2 * padding + 1, (2, b, 1), device=images.device)
-    rows = top + torch.arange(h, device=images.device)                         # (b, h)
-    columns = left + torch.arange(w, device=images.device)                     # (b, w)
-    mirrored = torch.rand(b, 1, device=images.device) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    each = torch.arange(b, device=images.device).view(b, 1, 1)
-    images = images.movedim(1, -1)[each, rows.unsqueeze(2), columns.unsqueeze(1)]
-    return images.movedim(-1, 1)                                               # (b, c, h, w)
+    windows = F.pad(images, (padding,) * 4, mode="reflect").unfold(2, h, 1).unfold(3, w, 1)
+    top, left = torch.randint(2 * padding + 1, (2, b), device=images.device)
+    images = windows[torch.arange(b, device=images.device), :, top, left]      # (b, c, h, w)
+    mirrored = torch.rand(b, 1, 1, 1, device=images.device) < 0.5
+    images = torch.where(mirrored, images.flip(-1), images)
+    return images.contiguous(memory_format=torch.channels_last)    # a convolution reads it faster
 
 
 # --------------------------------------------------------------------------------------------------
@@ -670,10 +669,10 @@ def shift_and_flip(images, padding=2):
 # number in the README comes from such a row.
 
 def changed(recipe):
-    """What differs from the recipe of that name: "lr=0.001,fuse=concat". Without model and seed."""
-    defaults = RECIPES[recipe["recipe"]] | {"recipe": recipe["recipe"]}
+    """What differs from the recipe of that name, but for what a row says anyway: "lr=0.001"."""
+    defaults, said = RECIPES[recipe["recipe"]], ("recipe", "model", "dataset", "seed")
     return ",".join(f"{key}={value}" for key, value in recipe.items()
-                    if value != defaults[key] and key not in ("model", "dataset", "seed"))
+                    if key not in said and value != defaults[key])
 
 
 def result(name, recipe, data, device, run):
@@ -717,8 +716,8 @@ def mean_sd(values, digits):
 def print_table(rows):
     """The README's table: a line per row of the comparison, over its seeds.
 
-    With one seed, all see the same images. So the difference to the line above is taken seed by
-    seed: what the seeds have in common falls out of it.
+    Runs with the same seed see the same images in the same order. So the difference to the line
+    above is taken seed by seed: variation that they share cancels.
     """
     score, digits = ("test_bits_per_pixel", 4) if "test_bits_per_pixel" in rows[0] else (
         "test_accuracy", 2)
@@ -739,8 +738,8 @@ def draw_runs(path, runs, recipe, title):
 
     runs    {row of ROWS: what `train` returned for each seed}. A line is the mean over seeds, the
             band goes from the lowest to the highest; on the right there is a line per seed
-    What to see: over steps the models lie close together. Over seconds they part, since a step of
-    the cheaper ones takes less time.
+    What to see: over steps all but the RNN lie close together. Over seconds they part, since a step
+    of the cheaper ones takes less time.
     """
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     axes[1].sharey(axes[0])
@@ -770,7 +769,7 @@ def draw_runs(path, runs, recipe, title):
     write(path, lambda part: figure.savefig(part, dpi=120, format="png"))
 
 
-def draw_rows(path, rows, title):
+def draw_rows(path, rows, data, title):
     """Test accuracy of each row of the poster, a dot per seed; what was published as a cross.
 
     What to see: the rate moves all dots of a row, by more than a point. The number of branches and
@@ -782,7 +781,7 @@ def draw_rows(path, rows, title):
         ours = [float(row["test_accuracy"]) for row in rows if row["model"] == name]
         color = MODELS[ROWS["poster"][name]["model"]]
         ax.plot(ours, [name] * len(ours), "o", color=color, alpha=0.7)
-        if name in PUBLISHED:
+        if name in PUBLISHED and data.name == "mnist":
             ax.plot(PUBLISHED[name], name, "x", color="black", markersize=8)
     ax.plot([], [], "o", color="black", label="ours, a dot per seed")
     ax.plot([], [], "x", color="black", markersize=8, label="published, one run")
@@ -870,8 +869,7 @@ def parse(arguments):
     args = p.parse_args(arguments)
     recipe = {"recipe": name} | RECIPES[name] | {key: getattr(args, key) for key in settings}
     for setting, value in [*vars(args).items(), *(("seeds", seed) for seed in args.seeds or [])]:
-        low = 1 if setting in ("epochs", "batch", "patch", "d_model", "hidden", "state") else 0
-        high = 1 if setting in ("average", "smoothing") else 10 ** 9
+        low, high = LIMITS.get(setting, (0, 10 ** 9))
         if isinstance(value, (int, float)) and not low <= value <= high:
             p.error(f"--{setting.replace('_', '-')} must be from {low} to {high}, got {value}")
     single, several = {"--seed", "--model"}, {"--seeds", "--models"}
@@ -886,9 +884,6 @@ def parse(arguments):
 def main():
     """One run; or, with --compare, one for each model and seed, then their table and figures."""
     args, recipe = parse(sys.argv[1:])
-    # Ctrl-C must not hit between the gradient and the update: the step is done, then all is saved.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
     device = choose_device(args.device)
     if recipe["batch"] % PROCESSES:
         sys.exit(f"train_mnist.py: {PROCESSES} processes cannot share a batch of "
@@ -903,6 +898,10 @@ def main():
         dist.barrier()
     data = shrink(data, args)
     data = Data(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in data))
+
+    # Ctrl-C must not hit between the gradient and the update: the step is done, then all is saved.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
 
     # Files are called after the recipe; what was trained on other data is called after those.
     name, own = recipe["recipe"], RECIPES[recipe["recipe"]]["dataset"]
@@ -926,7 +925,7 @@ def main():
         write_rows(f"results/{name}.csv", rows)
         title = f"{data.name}, seeds {', '.join(map(str, seeds))}"
         if recipe["recipe"] == "poster":
-            draw_rows(f"figures/{name}.png", rows, title)
+            draw_rows(f"figures/{name}.png", rows, data, title)
         else:
             draw_runs(f"figures/{name}.png", runs, recipe, title)
         print_table(rows)

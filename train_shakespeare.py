@@ -317,7 +317,7 @@ def write(path, make):
         os.replace(path + ".part", path)
     except (OSError, RuntimeError) as error:       # torch.save calls a full disk a RuntimeError
         sys.exit(f"train_shakespeare.py: cannot write {path} ({first_line(error)}): is the disk "
-                 f"full, or the folder read-only? Another --out helps. What was there is untouched")
+                 f"full, or the folder read-only? What was there before is untouched")
 
 
 def write_rows(path, rows):
@@ -653,9 +653,6 @@ def main():
         write_text(args, *load_model(path, device), device)
         return
 
-    # Ctrl-C must not hit between the gradient and the update: the step is done, then all is saved.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
     if recipe["batch"] % PROCESSES:
         sys.exit(f"train_shakespeare.py: {PROCESSES} processes cannot share {recipe['batch']} rows")
     if PROCESSES > 1:                    # the first one prints, downloads and writes files
@@ -674,6 +671,9 @@ def main():
                  f"of {args.block}: use a smaller --batch and --block")
     text = text._replace(train=text.train.to(device), valid=text.valid.to(device))
 
+    # Ctrl-C must not hit between the gradient and the update: the step is done, then all is saved.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
     name, rows, runs = args.name or file_name(text.name), [], []
     seeds = list(dict.fromkeys(args.seeds or [args.seed]))
     for seed in seeds:

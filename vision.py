@@ -1,5 +1,7 @@
 """vision.py: an image has no first pixel: read it from both ends.
 
+Vision Mamba: an image as a sequence of patches, scanned forward and backward.
+
     tokens = stem(image) + position               28×28 pixels -> 7×7 = 49 tokens, row by row
     y      = fuse(S6→(tokens), S6←(tokens))       one scan from the first patch, one from the last
     logits = head(pool(norm(blocks(tokens))))
@@ -67,9 +69,8 @@ class Stem(nn.Module):
     There are l = height/patch · width/patch tokens.
     "patch"  each patch of pixels is flattened and mapped linearly, as in ViT: no overlap
     "conv"   for a patch of 2 or 4: three 3×3 convolutions that shrink the image by 1, 2 and
-             patch/2, the last one channel by channel, and a linear map to d_model. The same tokens
-             in the same order, but each sees more than its patch: 9×9 pixels for a patch of 4. A
-             stroke becomes an edge before it becomes a token
+             patch/2, the last one depthwise, and a linear map to d_model. The same tokens in the
+             same order, but each sees more than its patch: 9×9 pixels for a patch of 4
     "deep"   for photographs: five full 3×3 convolutions, of d_model/4, d_model/2 and three times
              d_model channels. The first three shrink the image as above; the last two, on the small
              image, are most of the work. Each token sees 25×25 pixels for a patch of 4, and so the
@@ -83,7 +84,7 @@ class Stem(nn.Module):
         if _choose("stem", kind, STEMS) == "patch":
             self.net = nn.Conv2d(channels, d_model, patch, stride=patch)
             return
-        if patch not in (2, 4):      # what the kernels see must cover the patch
+        if patch not in (2, 4):      # a stride of patch/2 over 2 would skip pixels
             raise ValueError(f"the {kind} stem is made for a patch of 2 or 4, got {patch}: the "
                              f"stem \"patch\" takes any")
         if d_model < 4:
@@ -108,9 +109,9 @@ class Stem(nn.Module):
 
 
 def along_axes(table, rows, columns):
-    """Vectors of the rows, then the columns, (rows + columns, d) -> of each token, (l, d).
+    """A vector per row, then one per column, (rows + columns, d) -> one per token, (l, d).
 
-    A token's is the sum of its row's and its column's, row by row: l = rows · columns.
+    Each token gets the vector of its row plus that of its column; l = rows · columns.
     """
     row, column = table.split([rows, columns])
     return (row.unsqueeze(1) + column).flatten(0, 1)
@@ -143,14 +144,12 @@ class VisionBlock(nn.Module):
         check_sequence(self, x, len(self.norm.weight))
         a, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)                     # (b, l, d) each
         gate = F.silu(z)
-        first, _ = self.first(a)         # an image is read whole: nobody goes on from its state
+        first, _ = self.first(a)         # an image is read whole: its last state is not needed
         if self.direction == "forward":
             return x + self.out_proj(first * gate)
-        if self.direction == "bidirectional":
-            second, _ = self.second(a.flip(1))
-            second = second.flip(1)
-        else:
-            second, _ = self.second(a)
+        backward = self.direction == "bidirectional"
+        second, _ = self.second(a.flip(1) if backward else a)
+        second = second.flip(1) if backward else second
         if self.fuse == "average":
             y = (first + second) * (0.5 * gate)                                # (b, l, d)
         else:                            # "concat"
@@ -183,9 +182,10 @@ class ImageClassifier(nn.Module):
         self.image_size, self.pool = tuple(image_size), _choose("pool", pool, POOLS)
         self.stem = Stem(channels, d_model, patch, stem)
         rows, columns = self.grid = image_size[0] // patch, image_size[1] // patch
-        vectors = {"patches": rows * columns, "axes": rows + columns, "none": 0}
         self.axes = _choose("position", position, POSITIONS) == "axes"
-        self.position = nn.Parameter(0.02 * torch.randn(vectors[position], d_model))
+        vectors = rows + columns if self.axes else rows * columns
+        self.position = None if position == "none" else nn.Parameter(
+            0.02 * torch.randn(vectors, d_model))
         self.body = body
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, classes)
@@ -196,7 +196,7 @@ class ImageClassifier(nn.Module):
             raise ValueError(f"images must have {self.image_size[0]}x{self.image_size[1]} pixels, "
                              f"got shape {tuple(images.shape)}")
         x = self.stem(images)                                                  # (b, l, d_model)
-        if len(self.position):
+        if self.position is not None:
             x = x + (along_axes(self.position, *self.grid) if self.axes else self.position)
         x = self.norm(self.body(x))                                            # (b, l, width)
         if self.pool == "mean":
@@ -233,8 +233,8 @@ class PixelLM(nn.Module):
     image_size  (height, width)
 
     A language model whose words are grey values, read row by row. It is shown the last pixel, and
-    the row and the column of the pixel that it must guess. All else, the row above included, it
-    must remember; there is a state for that.
+    the row and the column of the pixel that it must guess. All else, the row above included, must
+    come from the state.
     """
 
     def __init__(self, blocks, d_model, image_size=(28, 28)):
@@ -276,7 +276,7 @@ def complete(model, given, length, seed):
     """Draw the rest of images: model a PixelLM, given (b, g) int64, g < length -> (b, length).
 
     The pixels that are given are read in one call; then every pixel is a step of the recurrence,
-    drawn from what the model thinks of it. The same seed draws the same pixels.
+    sampled from softmax(logits). The same seed draws the same pixels.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens, states, pixels = F.pad(given, (1, 0), value=BEGIN), None, [given]

@@ -2,15 +2,14 @@
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        Δ_t → 0: token t leaves the state as it was
 
-    python visualize_delta.py                  digits and needle: 9 minutes on two cores
+    python visualize_delta.py                  needle and digits: 9 minutes on two cores
     python visualize_delta.py --task digits    Δ on a 7 (--digit, --index) and on 1,000 test digits
     python visualize_delta.py --task needle    a needle in a haystack of a million tokens
     python visualize_delta.py --task paper     the same by the paper's recipe: an hour on one core
     python visualize_delta.py --task copying   16 symbols, scattered among 256 tokens: 15 minutes
     python visualize_delta.py --task text      Δ on Shakespeare, character by character: 1 minute
-    python visualize_delta.py --quick          needle and copying with fewer steps and models
-    python visualize_delta.py --seeds 0 1 2    needle and copying as in the README
-    python visualize_delta.py --resume         take their models that were trained already
+With --quick the tasks that train (needle, paper, copying) take fewer steps, with --seeds 0 1 2 they
+are those of the README, and with --resume they take the models that were trained already.
 
 The claim: Δ is the gate by which a selective model decides what to write into its state. A picture
 alone proves nothing, so each one has a control on the same scale: the model before its first
@@ -24,8 +23,8 @@ Needle and copying, the paper's two tasks of memory (section 4.1), with small mo
 trained here. Needle: expect every needle to be found at every length, up to a million tokens, by
 the model that also pays for what it writes. Copying: expect it to need the selection.
 
-Text, with the models of train_shakespeare.py. Expect no gate that opens where words end: a space
-gets hardly more than a letter. In the last layer it opens most at line breaks, to 1.3 … 1.8 times
+Text, with the models of train_shakespeare.py. Expect no gate that opens at spaces: mostly they get
+less than a letter inside a word. In the last layer it opens most at line breaks, to 1.3 … 1.8 times
 its resting value, and in a middle layer at the first letters of words.
 
 Read before: train_mnist.py and train_shakespeare.py, whose models are looked at here.
@@ -57,8 +56,8 @@ import train_mnist
 from block import MambaLM
 from rnn import RNN
 from s6 import S6
-from train_mnist import choose_device, describe, first_line, seed_for, write
-from train_shakespeare import load_text, read_checkpoint, write_rows
+from train_mnist import choose_device, describe, first_line, seed_for, write, write_rows
+from train_shakespeare import load_text, read_checkpoint
 
 matplotlib.use("Agg")            # figures are files: no window is opened
 plt.rcParams.update({"figure.constrained_layout.use": True, "figure.titlesize": 10,
@@ -149,13 +148,15 @@ def trained_models(args, names, command):
     found = (sorted(glob.glob(f"{glob.escape(args.out)}/{name}-seed*.pt")) for name in names)
     paths = args.checkpoint or next(filter(None, found), [])
     if not paths:
-        sys.exit(f"visualize_delta.py: no trained model in {args.out}: run {command} first")
-    states = {path: load(path) for path in paths}
-    for path, state in states.items():
-        if len(state.get("scores", [])) < state.get("recipe", {}).get("epochs", 1):
+        sys.exit(f"visualize_delta.py: no trained model in {args.out}: run {command} first, or "
+                 f"name one by --checkpoint")
+    states = []
+    for path in paths:
+        states.append(load(path))
+        if len(states[-1].get("scores", [])) < states[-1].get("recipe", {}).get("epochs", 1):
             sys.exit(f"visualize_delta.py: the training of {path} has not finished: go on with it "
                      f"by {command} --resume, or name others by --checkpoint")
-    return list(states.values())
+    return states
 
 
 def make_pair(state, make):
@@ -171,7 +172,10 @@ def make_pair(state, make):
 
 
 def keep(name, rows, **same):
-    """Rows, with what is the same in all of them and the command that made them, as a CSV file."""
+    """Rows, with what is the same in all of them and the command that made them, as a CSV file.
+
+    One that was there before is set aside.
+    """
     command = "python " + shlex.join(sys.argv)
     write_rows(f"results/{name}.csv", [{**row, **same, "command": command} for row in rows])
     print(f"wrote results/{name}.csv", flush=True)
@@ -263,8 +267,7 @@ def animate(path, pixels, gates, moves):
 
     gates   {(label, backward): Δ over its resting value (1, l)} for two scans
     moves   change of h (1, l), for the same two
-    What to see: a causal scan knows the rows above, the backward one those below, and neither knows
-    the digit before the end.
+    What to see: the forward scan has seen only the rows above, the backward one only those below.
     """
     length, norm, frames = moves[0].shape[1], gate_scale(gates.values()), []
     figure = plt.figure(figsize=(6, 5), dpi=80)
@@ -346,12 +349,18 @@ def look_at_digits(args, device):
     states = trained_models(args, [f"{name}-bidirectional" for name in names],
                             "python train_mnist.py")
     recipe, name = states[0]["recipe"], states[0].get("data", "").split(":")[0]
-    if (recipe.get("dataset") not in ("mnist", "fashion") or recipe.get("patch", 1) == 1
-            or recipe["layers"] == 0 or recipe["model"] in ("rnn", "s4")):
-        sys.exit("visualize_delta.py: only a Vision Mamba that reads MNIST by patches can be "
-                 "looked at: name another by --checkpoint")
+    for other in (state["recipe"] for state in states):
+        if (other.get("dataset") not in ("mnist", "fashion") or other["layers"] == 0
+                or other["model"] in ("rnn", "s4") or not 1 < other.get("patch", 1) < 14
+                or {**other, "seed": recipe["seed"]} != recipe):
+            sys.exit("visualize_delta.py: only Vision Mambas that read MNIST by patches, and differ "
+                     "in the seed alone, can be looked at: name others by --checkpoint")
     source = "synthetic" if name.startswith("synthetic") else "real"
     data = train_mnist.load_data(recipe["dataset"], source, args.data_dir, 0)
+    places = (data.test_labels == args.digit).nonzero().flatten()
+    if args.index >= len(places):
+        sys.exit(f"visualize_delta.py: {name} has {len(places)} test images of a {args.digit}: use "
+                 f"a smaller --index")
     pairs = [make_pair(state, lambda: train_mnist.build(state["recipe"], data).to(device))
              for state in states]
 
@@ -374,10 +383,6 @@ def look_at_digits(args, device):
              f"{name}: the patches of {len(images):,} test digits, a line per model")
 
     # One digit, by the models of the first seed.
-    places = (data.test_labels == args.digit).nonzero().flatten()
-    if args.index >= len(places):
-        sys.exit(f"visualize_delta.py: {name} has {len(places)} test images of a {args.digit}: "
-                 f"--index must be 0 … {len(places) - 1}")
     image = data.test_images[places[args.index]][None]                         # (1, 1, h, w)
     gates = {look: read(model, image) for look, model in pairs[0].items()}
     if (args.digit, args.index) != (7, 0):
@@ -495,7 +500,7 @@ def look_at_text(args, device):
 # They differ in one thing each. "priced" has the weights and the data of "unpriced", and only its
 # loss is another. "fixed-delta" can choose what to write, but not how much; "fixed" can choose
 # nothing. The RNN is what came before. All have the same number of parameters, to 1 %. "paper" is
-# "unpriced" again, trained longer and at a constant learning rate.
+# "unpriced" again, trained longer, with smaller steps, and without a curriculum.
 
 SYMBOLS = 16         # the ordinary tokens, 0 … 15
 MARKER = 16          # of the needle
@@ -613,9 +618,9 @@ def taught(args, task, names, teach, device, **recipe):
 
 @torch.no_grad()
 def along(model, tokens):
-    """Δ and change of h at each token of one sequence, tokens (1, l): -> two lists of (l,) a layer.
+    """Δ and change of h at each token of one sequence, tokens (1, l): -> two lists.
 
-    What is under FLOOR is set to FLOOR, since the axis is logarithmic.
+    Each has one tensor (l,) per layer. Less than FLOOR is set to FLOOR: the axis is logarithmic.
     """
     with watch(model) as scans:
         model(tokens)
@@ -626,8 +631,8 @@ def along(model, tokens):
 def draw_along(name, panels, marks, marked, title):
     """A column per model: above Δ, below the change of h; panels {name: what `along` gave}.
 
-    What to see: the axes are logarithmic. Untrained, all tokens move the state alike. With a price,
-    the needle stands alone. Where Δ is fixed, the line above is flat.
+    What to see: the axes are logarithmic. At a needle, with a price on writing, gate and state move
+    at the needle alone. With copying, the gate of the first layer opens and shuts at each symbol.
     """
     figure, axes = plt.subplots(2, len(panels), figsize=(3.1 * len(panels) + 0.6, 5), sharex=True,
                                 sharey="row", squeeze=False)
@@ -656,9 +661,9 @@ def draw_along(name, panels, marks, marked, title):
 # million. So what is learned on short haystacks is tested on long ones.
 
 TAUGHT = (8, 16, 32, 64, 128, 256)       # lengths in training
-FULL, QUICK = (600, 4096, 20), (300, 2048, 12)     # steps, tokens a step, log₂ of greatest length
-STAGES = (2048, 4096, 8192, 16384, 32768)          # of the paper's recipe: see teach_as_the_paper
-SHORTEST = 6         # log₂ of the smallest length that is tested
+FULL, QUICK = dict(steps=600, tokens_per_step=4096), dict(steps=300, tokens_per_step=2048)
+STAGES = (2048, 4096, 8192, 16384, 32768)          # steps: see teach_as_the_paper
+SHORTEST, LONGEST, LONGEST_QUICK = 6, 20, 12       # log₂ of the lengths that are tested
 DEPTHS = 8           # into which a haystack is divided in figures/needle_grid.png
 PIECE = 2 ** 14      # tokens that are evaluated at a time
 NEAR = 5             # the marker, its symbol, and the three tokens whose convolution reaches them
@@ -707,10 +712,10 @@ def teach_needle(model, name, seed, device, steps, tokens_per_step):
 
 
 def teach_as_the_paper(args, seed, device):
-    """A constant learning rate, always length 256, no price: yields model and facts at each stage.
+    """Always 8 x 256 tokens at a learning rate of 1e-3, no price: yields model and facts by stages.
 
-    The paper has 204,800 steps of 8 x 256 tokens; this goes on as long as an hour lasts. Each stage
-    is saved together with the optimizer, and --resume goes on from the last one.
+    The paper goes on for 204,800 steps, this for about an hour. Each stage is saved together with
+    the optimizer, and --resume goes on from the last one.
     """
     model, step, seconds = build("paper", seed).to(device), 0, 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
@@ -753,12 +758,13 @@ def find_needles(model, length, count, seed, device):
     return read(model, pieces, device).argmax(-1) == answers
 
 
-def ask_at_all_lengths(model, name, seed, longest, device, facts):
+def ask_at_all_lengths(args, model, name, seed, device, facts):
     """Rows for results/needle.csv; and percent found by length and depth, (lengths, DEPTHS).
 
     A model under 20 % is guessing, and is not tested at greater lengths: there found is NaN.
     """
-    rows, found = [], torch.full((longest - SHORTEST + 1, DEPTHS), math.nan)
+    rows, longest = [], LONGEST_QUICK if args.quick else LONGEST
+    found = torch.full((longest - SHORTEST + 1, DEPTHS), math.nan)
     for i in range(len(found)):
         length, start = 2 ** (SHORTEST + i), time.perf_counter()
         count = 64 if length <= 2 ** 16 else 16            # a million tokens take minutes
@@ -804,33 +810,31 @@ def gates_at_needles(model, name, seed, device, count=100, length=1024):
     return rows
 
 
-def draw_lengths(name, rows):
-    """Needles found over length, a line per model, seed and number of training steps.
+def draw_lengths(quick):
+    """Needles found over length, a line per model, seed and number of training steps, from the rows
+    that there are of both tasks.
 
     What to see: in the grey part, nearly all that was taught is learned. Beyond it, how far a line
     stays at the top says how well the model leaves its state alone.
     """
     lines = {}
-    for row in rows:
-        line = lines.setdefault((row["model"], int(row["seed"]), int(row["steps"])), [])
+    for row in kept(f"needle{quick}") + kept(f"needle_paper{quick}"):
+        line = lines.setdefault((row["model"], row["seed"], int(row["steps"])), [])
         line.append((int(row["length"]), float(row["accuracy"])))
     figure, ax = plt.subplots(figsize=(9.5, 4.4))
-    labels = set()
     for (model, _, steps), points in lines.items():
         color, words = MODELS[model]
         label = f"{words}, {steps:,} steps"
         # The stages of the paper's recipe have one colour, which grows stronger.
         look = ("o--", 0.2 + 0.8 * steps / max(STAGES)) if model == "paper" else ("o-", 0.7)
-        ax.plot(*zip(*points), look[0], color=color, markersize=4, alpha=look[1],
-                label=None if label in labels else label)
-        labels.add(label)
+        ax.plot(*zip(*points), look[0], color=color, alpha=look[1], markersize=4, label=label)
     ax.set_xscale("log", base=2)
     ax.axvspan(2 ** SHORTEST, TAUGHT[-1], color="0.9", zorder=0, label="lengths of the training")
     ax.axhline(100 / SYMBOLS, color="black", linestyle=":", linewidth=1, label="guessing")
     ax.set(xlabel="length of the haystack (tokens)", ylabel="needles found (%)", ylim=(-3, 103))
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    seeds = dict.fromkeys(seed for _, seed, _ in lines)
-    save(name, figure, f"a line per model and seed ({', '.join(map(str, seeds))})")
+    once = {label: line for line, label in zip(*ax.get_legend_handles_labels())}
+    ax.legend(once.values(), once, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(f"needle_lengths{quick}", figure, "a line per model and seed")
 
 
 def draw_grid(name, found):
@@ -856,15 +860,15 @@ def draw_grid(name, found):
 
 def look_for_needles(args, device):
     """Teach every model, ask it at every length, and look at its gates: rows and figures."""
-    steps, batch, longest = QUICK if args.quick else FULL
-    names, quick = (["priced"], "_quick") if args.quick else (list(MODELS)[:5], "")
-    print(f"needle: {steps} steps of {batch} tokens, seeds {args.seeds}; loss of a blind guess "
-          f"ln {SYMBOLS} = {math.log(SYMBOLS):.4f}", flush=True)
+    recipe, quick = (QUICK, "_quick") if args.quick else (FULL, "")
+    names = ["priced"] if args.quick else [name for name in MODELS if name != "paper"]
+    print(f"needle: {recipe}, seeds {args.seeds}; loss of a blind guess ln {SYMBOLS} = "
+          f"{math.log(SYMBOLS):.4f}", flush=True)
     rows, gates, found = [], [], {}
     models = {("untrained", seed): build("unpriced", seed).to(device) for seed in args.seeds}
     for name, seed, model, facts in taught(args, f"needle{quick}", names, teach_needle, device,
-                                           steps=steps, tokens_per_step=batch):
-        new, found[name, seed] = ask_at_all_lengths(model, name, seed, longest, device, facts)
+                                           **recipe):
+        new, found[name, seed] = ask_at_all_lengths(args, model, name, seed, device, facts)
         rows += new
         if name != "rnn":                # it has no Δ
             models[name, seed] = model
@@ -878,18 +882,18 @@ def look_for_needles(args, device):
     draw_along(f"needle_delta{quick}",
                {name: along(model, tokens) for (name, s), model in models.items() if s == seed},
                [place + 1], "needle", f"one haystack, seed {seed}")
-    draw_lengths(f"needle_lengths{quick}", rows + kept(f"needle_paper{quick}"))
+    draw_lengths(quick)
     draw_grid(f"needle_grid{quick}", found)
 
 
 def look_as_the_paper(args, device):
     """What the price on writing buys: ask a model without one after each doubling of its steps."""
-    quick, rows, longest = "_quick" if args.quick else "", [], (QUICK if args.quick else FULL)[-1]
+    quick, rows = "_quick" if args.quick else "", []
     for seed in args.seeds:
         for model, facts in teach_as_the_paper(args, seed, device):
-            rows += ask_at_all_lengths(model, "paper", seed, longest, device, facts)[0]
+            rows += ask_at_all_lengths(args, model, "paper", seed, device, facts)[0]
     keep(f"needle_paper{quick}", rows)
-    draw_lengths(f"needle_lengths{quick}", kept(f"needle{quick}") + rows)
+    draw_lengths(quick)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -978,8 +982,8 @@ def parse(arguments):
         usage="visualize_delta.py [--flag value ...]    (--help lists them)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--task", choices=TASKS, nargs="+", default=["digits", "needle"], metavar="TASK",
-        help=f"of {', '.join(TASKS)}; default digits needle")
+    add("--task", choices=TASKS, nargs="+", default=["needle", "digits"], metavar="TASK",
+        help=f"of {', '.join(TASKS)}; default needle digits")
     add("--digit", type=int, choices=range(10), default=7, metavar="0 … 9",
         help="the one to draw, default %(default)s")
     add("--index", type=int, default=0, help="which of its test images, default %(default)s")
