@@ -14,7 +14,7 @@
          └────── + ──────┘
                  x  (b, l, d_model)
 
-One block does the work of a Transformer's two layers: S6 mixes along the sequence, as attention
+One block does both jobs of a Transformer layer: S6 mixes along the sequence, as attention
 does, and in_proj and out_proj mix along the channels, as the MLP does. (Two blocks have about as
 many parameters as one layer of attention and MLP: section 3.4.) The convolution is causal and four
 tokens long. It shows Δ, B and C the neighbourhood of a token, so that "write this down" can depend
@@ -55,7 +55,10 @@ from s6 import S6, check_sequence, script
 # The parts: a norm, a short causal convolution, and the path from one to the scan.
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, over the last dimension (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x²) + eps) · weight, over the last dimension (Zhang & Sennrich 2019).
+
+    Not nn.RMSNorm: under autocast x may be bfloat16, and the weight is cast to that.
+    """
 
     def __init__(self, d_model, eps=1e-5):
         super().__init__()
@@ -105,22 +108,25 @@ class ConvS6(nn.Module):
         state   the State to go on from, or None
         mask    (b, l) or None: 0 for padding, wherever it stands. The state passes over padding as
                 if it were not there, and y is 0 there
-        Raises ValueError for another width, and as `selective_scan` does.
+        Raises ValueError for another width, another mask, and as `selective_scan` does.
         """
         check_sequence(self, a, self.conv1d.in_channels)
         b, l, d = a.shape
         w, conv1d = self.conv1d.kernel_size[0], self.conv1d
         if mask is not None:
+            if mask.shape != (b, l):     # it would be broadcast, and mix up the sequences
+                raise ValueError(f"ConvS6: mask must have shape (b, l) = {(b, l)}, got "
+                                 f"{tuple(mask.shape)}")
             # The convolution would see padding between two words. So padding moves behind the last
-            # real token, where a causal model does not look, and in the end y moves back.
+            # real token, where no real token sees it, and in the end y moves back.
             padding = (mask == 0).unsqueeze(-1)
             order = torch.argsort((mask == 0).int(), dim=1, stable=True)
             a, mask = _take(a.masked_fill(padding, 0), order), mask.gather(1, order)
         window, h0 = (None, None) if state is None else state
         u = F.silu(causal_conv(a, conv1d.weight, conv1d.bias, window))         # (b, l, d)
         y, h = self.s6(u, h0, mask, method=method)
-        # The next window: the last w-1 real tokens, of those that were known before and of a. In
-        # that order, real token number j of a stands at w-1 + j.
+        # The next window: the last w-1 real tokens of [before, a]. Padding is at the end of a, so
+        # they stand at count … count + w-2.
         before = a.new_zeros(b, w - 1, d) if window is None else window.to(a.dtype)
         count = a.new_full((b, 1), l, dtype=torch.int64) if mask is None else (
             (mask != 0).sum(1, keepdim=True))                                  # (b, 1)
@@ -285,14 +291,14 @@ def generate_plainly(model, prompt, count, *, temperature=1.0, top_k=None, seed=
 
 # The fast way: skip this on a first reading. For a model this small `MambaLM.forward` spends most
 # of a token's time on calls that have next to nothing to compute. So the equations are written out
-# once more, for one token of one text, in a script that writes CHUNK tokens a call.
+# once more, for one token of one text, in TorchScript, CHUNK tokens per call.
 
 CHUNK = 16           # few enough to seem to appear one by one
 
 
 @script
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm, and the linear map behind it, whose weight has the norm's in it: x (1, d_model)."""
+    """RMSNorm and the linear map after it: the norm's weight is already in `weight`."""
     return torch.mm(x, weight).mul_(x.square().mean().add_(eps).rsqrt_())
 
 
@@ -395,7 +401,7 @@ def parameter_groups(model, weight_decay):
 
     A_log, D, biases, norms and tables of positions are scales and offsets, and zero is no natural
     value for them: decay on A_log would pull every A towards -1, and so the memories of all
-    channels towards one length. Nor is it for omega, the frequencies of rnn.py's S4.
+    channels towards one length. The same holds for omega, the frequencies of rnn.py's S4.
     """
     decayed, spared = [], []
     for name, parameter in model.named_parameters():
@@ -430,7 +436,7 @@ def peers(model):
             [0, len(prompt):].tolist())
     except ImportError as error:
         print(f"without transformers: {error}")
-    try:                                 # its LM imports CUDA packages: its core, and our two ends
+    try:       # its language model imports CUDA packages: so its core, with our embedding and head
         from mambapy.mamba import Mamba as Core, MambaConfig
         core = Core(MambaConfig(d_model=d_model, n_layers=len(model.layers)))
         weights = official_state_dict(model, "mamba_ssm").items()

@@ -3,8 +3,8 @@
     h_t = tanh(W x_t + U h_{t-1} + b)                      the vanilla RNN (Elman 1990)
     h_t = Ā h_{t-1} + B̄ x_t,  y_t = 2 Re(C h_t) + D x_t    S4: linear, and the same at every token
 
-Take tanh away from the first, and what is left can be unrolled: y_t = D x_t + Σ_k K_k x_{t-k}, with
-K_k = 2 Re(C Ā^k B̄). The recurrence is a convolution with a kernel K as long as the sequence, and
+Without tanh a recurrence can be unrolled. For the second line, y_t = D x_t + Σ_k K_k x_{t-k}, with
+K_k = 2 Re(C Ā^k B̄). So it is a convolution with a kernel K as long as the sequence, and
 the FFT computes it at all tokens at once. That is S4: trained as a convolution, and run as a
 recurrence. What makes its memory long is A: HiPPO gives the one that keeps the past of a signal as
 Legendre coefficients. (What "S4" means in these files is its diagonal form with zero-order hold,
@@ -46,7 +46,7 @@ from s6 import check_sequence
 class RNN(nn.Module):
     """x (b, l, d_model) -> states of the top layer (b, l, hidden), from a first state of zero.
 
-    The classic is hidden=64, layers=2, read at the last token. train_mnist.py chooses `hidden` so
+    train_mnist.py chooses `hidden` so
     that there are as many parameters as in Mamba, to 1 %.
     """
 
@@ -55,7 +55,7 @@ class RNN(nn.Module):
         self.rnn = nn.RNN(d_model, hidden, layers, batch_first=True)
         for name, weight in self.rnn.named_parameters():
             if name.startswith("weight_hh"):
-                nn.init.orthogonal_(weight)      # a rotation fades later than a random matrix
+                nn.init.orthogonal_(weight)      # keeps the length of h: it fades later
 
     def forward(self, x):
         """Raises ValueError for another width."""
@@ -142,7 +142,7 @@ def _powers(step, l):
     w ≈ √l, like a number with two digits: exp(step k) = exp(step w a) · exp(step b) takes 2√l
     exponentials and one product for each k. The angle ω Δ k can be thousands of turns, and float32
     would round it too coarsely: it is computed in double precision, and what is left after whole
-    turns goes on in step's own.
+    turns is cast back to step's precision.
     """
     def few(count, stride):              # exp(step · stride · k), k = 0 … count-1
         k = stride * torch.arange(count, device=step.device)
@@ -157,7 +157,7 @@ def _powers(step, l):
 class S4(nn.Module):
     """x (b, l, d) -> y (b, l, d): each channel has a linear recurrence of its own, n numbers wide.
 
-    n real numbers are n/2 complex ones and their mirror images, which double the real part. Δ, A,
+    n real numbers are n/2 complex ones and their conjugates: a pair adds twice the real part. Δ, A,
     C and the skip D are learned; B is HiPPO's, since y depends on the product of B and C alone.
     Raises ValueError for an odd n.
     """
@@ -167,7 +167,7 @@ class S4(nn.Module):
         A, B = diagonal_hippo(n)
         dt = torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1))
         self.log_dt = nn.Parameter(dt)                                         # Δ: 0.001 … 0.1
-        # Λ = -exp(A_log) + i ω: it stays left of zero, whatever the optimizer does.
+        # Λ = -exp(A_log) + i ω: the real part stays negative, whatever the optimizer does.
         self.A_log = nn.Parameter(torch.tensor(-A.real).float().log().repeat(d, 1))     # (d, n/2)
         self.omega = nn.Parameter(torch.tensor(A.imag).float().repeat(d, 1))
         self.register_buffer("B", torch.view_as_real(torch.tensor(B).to(torch.complex64)))
@@ -185,7 +185,7 @@ class S4(nn.Module):
 
         h      the state to go on from, None for zero
         mode   "convolution": all tokens at once, by FFT. "recurrence": one after the other. They
-               agree up to rounding. "auto": a single token by the second, more by the first
+               agree up to rounding. "auto": the recurrence for a single token, else the convolution
         return_state   False: None in place of the state, which a convolution has to compute apart,
                at a cost that a training should not pay
         Raises ValueError for another mode, or shape of x.
@@ -215,7 +215,7 @@ class S4(nn.Module):
         K = 2 * torch.matmul((C * B_bar).unsqueeze(1), powers).squeeze(1).real         # (d, l)
         # As long again in zeros, or the end of the sequence would wrap around to its beginning.
         y = torch.fft.irfft(torch.fft.rfft(x, 2 * l) * torch.fft.rfft(K, 2 * l), 2 * l)[..., :l]
-        if h0 is not None:               # y_t also hears the first state, as C Ā^{t+1} h_0
+        if h0 is not None:               # h_0 adds 2 Re(C Ā^{t+1} h_0) to y_t
             y = y + 2 * torch.einsum("bdn,dnl->bdl", C * step.exp() * h0, powers).real
         h = None
         if return_state:                 # h_l = Ā^l h_0 + Σ_k Ā^{l-1-k} B̄ x_k

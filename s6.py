@@ -7,13 +7,14 @@ This is the selective scan (S6) of Mamba. Δ, B and C are computed from x itself
 decides how much of the past to keep (Δ → 0 keeps everything, Δ → ∞ keeps nothing), where to write
 (B) and what to read (C).
 
-    definition()                          the equation, word for word: the reference for the others
+    definition()                          the equation as it stands here: the reference for the rest
     class S6                              Algorithm 2 of the paper: makes Δ, B, C from x, and scans
     selective_scan(method="sequential")   a compiled loop over time, its gradient derived by hand
     selective_scan(method="parallel")     pieces of the sequence side by side, and a prefix scan
 
 At the sizes of all trainings here a CPU takes the sequential scan; the parallel one runs on a GPU,
-and on a CPU where few channels meet a long sequence. It stands last: a first reading may skip it.
+and on a CPU where a time step is narrow (b·d·n < 2^14) and the sequence long, as in the streaming
+validation of train_shakespeare.py. It has its own section, which a first reading may skip.
 
 Left out: the CUDA kernel. It computes the same in one launch: it discretizes and scans in the GPU's
 fast on-chip memory, never writes a tensor of shape (b, l, d, n), and in the backward pass computes
@@ -65,9 +66,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # The definition: slow, obvious, and differentiable by autograd.
 
 def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
-    """The equation, word for word, one token after the other: -> y (b, l, d), last state (b, d, n).
+    """The equation, one token after the other: -> y (b, l, d), last state (b, d, n).
 
-    Shapes and ranges as in the glossary. Nothing here is clever: one can believe it by reading it.
+    Shapes and ranges as in the glossary. Kept so simple that reading it is enough to check it.
     "zoh" (zero-order hold) takes x as constant during a step and solves h' = A h + B x exactly
     (equation 4 of the paper): Ā = exp(ΔA), B̄ = ((exp(ΔA) - 1)/A) B. "euler" is what Mamba
     computes, in training and in use: the same Ā, but B̄ = ΔB, the first term of that. (The paper
@@ -89,7 +90,7 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
 
 # --------------------------------------------------------------------------------------------------
 # S6, the layer: Algorithm 2 of the paper. Selection is no more than this: B and C are linear in x,
-# and Δ is the softplus of a linear map.
+# and Δ is the softplus of an affine map of low rank.
 #
 # Why it is a scan and no convolution. Unrolled, the recurrence reads
 #     y_t = Σ_{s ≤ t} C_t (Π_{r = s+1 … t} Ā_r) B̄_s x_s
@@ -135,14 +136,16 @@ class S6(nn.Module):
         Raises ValueError as `selective_scan` does.
         """
         check_sequence(self, x, len(self.D))
+        if mask is not None:
+            padding = (mask == 0).unsqueeze(-1)
+            x = x.masked_fill(padding, 0)          # whatever stands there, even if it is no number
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)    # B, C: (b, l, n)
         # Under autocast the maps give bfloat16. Δ is made in float32 from there on: the decays
         # exp(ΔA) of many tokens multiply up, and so would their rounding.
         dt = self.dt_proj(dt)
         delta = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))        # (b, l, d)
         if mask is not None:
-            padding = (mask == 0).unsqueeze(-1)
-            x, delta = x.masked_fill(padding, 0), delta.masked_fill(padding, 0)
+            delta = delta.masked_fill(padding, 0)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         return selective_scan(x, delta, A, B, C, self.D, h0, method=method, return_state=True)
 
@@ -161,14 +164,14 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
                                  which is how padding is masked
     A                (d, n)      < 0
     B, C             (b, l, n)
-    D                (d,)        optional: 0
-    h0               (b, d, n)   optional: state before the first token, zero
+    D                (d,)        optional, default zero
+    h0               (b, d, n)   state before the first token; optional, default zero
     method           "sequential": one loop over l. "parallel": pieces side by side and a prefix
                      scan. "auto": parallel on an accelerator, and on a CPU if a time step is narrow
                      (b·d·n < 2^14) and the sequence has 64 tokens or more
     discretization   "euler": B̄ = ΔB, what Mamba computes. "zoh": B̄ = ((exp(ΔA) - 1)/A) B, which
                      is exact if x is constant during a step
-    return_state     also return the state after the last token, (b, d, n): as h0 it goes on
+    return_state     also return the state after the last token, (b, d, n): pass it as h0 to go on
 
     -> y (b, l, d) in x's dtype. The state is accumulated and returned in float32, or in float64 if
     any argument is. A scan of length 1 is the recurrent step. Differentiable once, in every tensor
@@ -190,7 +193,7 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
     return (y, h.transpose(1, 2)) if return_state else y
 
 
-NARROW = 2 ** 14     # numbers in all states under which a CPU mostly waits for calls to return
+NARROW = 2 ** 14     # numbers per time step; with fewer, a CPU mostly waits for call overhead
 
 
 def _pieces(x, n, method):
@@ -203,16 +206,16 @@ def _pieces(x, n, method):
     if method == "sequential":
         return 1
     if on_cpu:
-        # Enough pieces that arithmetic outweighs the cost of calls, and few enough that their
-        # states still fit the L2 cache; but 16 tokens in each, or joining them costs more than it
-        # saves, and two pieces at least. 6 is no power of two, as 8 is: with that, pieces would
-        # often be a power of two apart in memory, and compete for the same lines of the cache.
+        # Enough pieces that arithmetic outweighs call overhead, few enough that their states fit
+        # the L2 cache; at least 16 tokens each, or joining them costs more than it saves; at least
+        # two pieces. 6 and not 8: with a power of two, pieces often lie a power of two apart in
+        # memory, and compete for the same lines of the cache.
         return max(min(2, l), min(6 * NARROW // width, l // 16))
     return _short_pieces(l)
 
 
 def _short_pieces(l):
-    """For a GPU, where a call is a launch of some 5 µs, however wide: pieces of log₂ l tokens.
+    """For a GPU, where a call is a launch of some 5 µs, however wide: pieces of some log₂ l tokens.
 
     A scan this small is nothing but launches: some 27 for each token of a piece, and 8 for each of
     the log₂ k rounds that join the pieces. Short pieces keep both few: `python s6.py` counts them.
@@ -377,7 +380,8 @@ class _Scan(torch.autograd.Function):
             if k > 1:
                 u, delta, B, C = (_fold(t, k) for t in (u, delta, B, C))
                 h0 = _start_states(u, delta, A, B, h0, k, zoh)
-            # About √T of the T states. There are many pieces if they are short: then one in twelve.
+            # Every √T-th of the T states. Of pieces at most every twelfth: short ones are many, and
+            # so would their states be.
             ctx.keep = max(1, round(math.sqrt(u.shape[1])))
             ctx.keep = max(ctx.keep, min(12, u.shape[1])) if k > 1 else ctx.keep
             y, kept, h = _forward(u, delta, A, B, C, h0, ctx.keep, zoh)
@@ -404,7 +408,7 @@ class _Scan(torch.autograd.Function):
             grad_u, grad_delta, grad_B, grad_C = (
                 _unfold(t, k, l) for t in (grad_u, grad_delta, grad_B, grad_C))
             g = g[::k]
-        if not zoh:                      # u = Δ x: Δ has a second way in
+        if not zoh:                      # u = Δ x: the gradient of Δ has a second term
             grad_u, grad_delta = grad_u * delta, torch.addcmul(grad_delta, grad_u, x)
         return grad_u, grad_delta, grad_A, grad_B, grad_C, g, None, None
 
@@ -447,15 +451,15 @@ def _chain(a, s, first):
     Piece j maps what it starts from, h, to a[:, j] h + s[:, j], where the next one starts; a and s
     are (b, k, n, d), first (b, n, d). The last piece has no successor, so its pair is not needed.
     """
-    # In front stands the map h ↦ 0 h + first. Now the start of piece j is what the first j + 1 maps
-    # make of anything, say of zero: the s of their composition.
+    # Put the constant map h ↦ 0 h + first in front. The start of piece j is then the composition of
+    # the first j + 1 maps, applied to anything, say to zero: so only its s is needed.
     s = torch.cat([first[:, None], s[:, :-1]], 1)
     a = torch.cat([torch.zeros_like(a[:, :1]), a[:, :-1]], 1)
     hop = 1
     while hop < s.shape[1]:
-        # Number j spans the last `hop` maps up to j, and then twice as many: with four pieces,
-        # j - 1 and j after the first round, all four after the second. (Hillis & Steele 1986; it
-        # does more work than Blelloch's scan, in fewer steps.)
+        # Entry j composes the `hop` maps that end at j, and after each round twice as many: with
+        # four pieces, j - 1 and j after the first round, all four after the second. (Hillis &
+        # Steele 1986; it does more work than Blelloch's scan, in fewer steps.)
         s = torch.cat([s[:, :hop], torch.addcmul(s[:, hop:], a[:, hop:], s[:, :-hop])], 1)
         a = torch.cat([a[:, :hop], a[:, hop:] * a[:, :-hop]], 1)
         hop *= 2
@@ -588,7 +592,7 @@ def _measure(way, inputs):
 
 
 class Calls(TorchDispatchMode):
-    """Counts what PyTorch is called to compute in here; views and new empty tensors are free."""
+    """Counts the operations that PyTorch runs in here, but for views and new empty tensors."""
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

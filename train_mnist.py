@@ -66,7 +66,7 @@ MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c", "rnn
 
 
 # --------------------------------------------------------------------------------------------------
-# The recipes. Each value but the task is also a flag: a value that you add here is a flag, and is in
+# The recipes. Each value but the task is also a flag: a value that you add here is a flag, and in
 # every checkpoint. (The recipe next-pixel is written out in full: add the value there too.)
 
 RECIPES = {}
@@ -193,7 +193,7 @@ def build(recipe, data):
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun
 SAVE_EVERY = 500     # steps; besides, at the end of each epoch
-STOP = []            # what Ctrl-C or SIGTERM leaves here is looked for between two steps
+STOP = []            # Ctrl-C and SIGTERM append to this list; the loop looks at it after each step
 
 
 def ask_to_stop(number, _):
@@ -256,8 +256,8 @@ class Run(NamedTuple):
 def train(recipe, data, device, path, resume):
     """Train one model, saving to path: -> Run.
 
-    Every random draw is a function of (seed, step). So the step is all that a checkpoint must say
-    about randomness, and a run that was stopped goes on to the weights that it would have had.
+    Every random draw is a function of (seed, step). So a checkpoint holds no random state, and a
+    run that was stopped goes on to the weights that it would have had.
     """
     steps_per_epoch = len(data.train_images) // recipe["batch"]
     steps = recipe["epochs"] * steps_per_epoch
@@ -371,7 +371,7 @@ def evaluate(model, recipe, data):
 
 
 def progress(log, steps, window):
-    """One line: how far the training is, and the means of the last steps, a window of them."""
+    """One line: how far the training is, and the means over the last `window` steps."""
     part, seconds = log[-window:], log[-1][2]
     loss, right = (sum(row[i] for row in part) / len(part) for i in (0, 1))
     left = seconds / len(log) * (steps - len(log))
@@ -380,7 +380,7 @@ def progress(log, steps, window):
 
 
 def choose_device(name):
-    """-> torch.device: the one of that name, or for "auto" a GPU if there is one that CUDA knows."""
+    """-> torch.device: the one of that name; for "auto" the GPU if CUDA finds one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -414,15 +414,18 @@ def write(path, make):
         make(path + ".part")
         os.replace(path + ".part", path)
     except (OSError, RuntimeError) as error:       # torch.save calls a full disk a RuntimeError
-        sys.exit(f"{Path(sys.argv[0]).name}: cannot write {path} ({first_line(error)}): is the disk "
-                 f"full, or the folder read-only? What was there before is untouched")
+        sys.exit(f"{Path(sys.argv[0]).name}: cannot write {path} ({first_line(error)}): is the "
+                 f"disk full, or the folder read-only? What was there before is untouched")
 
 
 def set_aside(path):
     """Rename what is at path: whoever forgets --resume, or a --name, loses nothing."""
     if RANK == 0 and os.path.exists(path):
         old = next(old for i in itertools.count(1) if not os.path.exists(old := f"{path}.old{i}"))
-        os.replace(path, old)
+        try:
+            os.replace(path, old)
+        except OSError as error:
+            sys.exit(f"train_mnist.py: cannot rename {path} ({first_line(error)})")
         print(f"an earlier {path} was there, and is now {old}")
 
 
@@ -540,8 +543,8 @@ def load_data(dataset, source, data_dir, size):
 def load_folder(folder, size):
     """FOLDER/train/<class>/* and FOLDER/test/<class>/*, grey or colour -> Data.
 
-    The data set is named after its folder. Only CIFAR-10-images, as a copy of CIFAR-10 in JPEG files
-    is usually called, is cifar10-jpeg: its results are not quite those of CIFAR-10.
+    The data set is named after its folder. Only CIFAR-10-images, as a copy of CIFAR-10 in JPEG
+    files is usually called, is cifar10-jpeg: its results are not quite those of CIFAR-10.
     """
     def read(path):                      # -> (3, h, w) uint8
         with Image.open(path) as image:
@@ -836,7 +839,7 @@ def parse(arguments):
         allow_abbrev=False, usage="train_mnist.py [recipe] [--flag value ...]  (--help lists them)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"The flags down to --state are the settings of the recipe {name}. What they mean "
-               f"stands beside them, in RECIPES at the top of this file.")
+               f"is said beside them, in RECIPES at the top of this file.")
     add = p.add_argument
     settings = {key: value for key, value in RECIPES[name].items() if key != "task"}
     for setting, value in settings.items():

@@ -5,11 +5,11 @@
     python train_shakespeare.py --generate "ROMEO:"    write from the checkpoint
     python train_shakespeare.py --text FILE            any UTF-8 text in place of Shakespeare
     python train_shakespeare.py --seeds 0 1 2          one model per seed: table and figure
-    python train_shakespeare.py --resume               go on after Ctrl-C, to the same weights
+    python train_shakespeare.py --resume               go on after Ctrl-C; on a CPU, to the same end
     torchrun --nproc_per_node=2 train_shakespeare.py   each of two processes takes half the batch
 
-A token is a character, and the loss that of guessing the next one: -ln p in nats, or -log₂ p in
-bits. The first 90 % of the text are trained on, and the loss is measured on the whole last 10 %,
+A token is a character. The loss is -ln p of the next character, in nats, or -log₂ p, in bits. The
+first 90 % of the text are trained on, and the loss is measured on the whole last 10 %,
 in two ways. In blocks, the model forgets everything after 128 characters; streaming, it reads from
 one end to the other and carries its state, which costs no more: that is what a recurrence is for.
 Expect 1.42 nats streaming.
@@ -51,15 +51,16 @@ from block import MambaLM, State, generate, parameter_groups
 
 matplotlib.use("Agg")            # figures are files: no window is opened
 
-# Each value is also a flag: a value added here is a flag, and is in every checkpoint.
+# Each value, a number, is also a flag: one that you add here is a flag, and is in every checkpoint.
 RECIPE = dict(
     seed=0,                      # of weights, places in the text, and what is forgotten
-    epochs=10,                   # after that the validation loss turns up
+    epochs=10,                   # with more, the validation loss rises again
     batch=32,                    # rows: places in the text that are read side by side
     block=128,                   # characters of each row per step; the gradient reaches back so far
-    lr=1.5e-2,                   # its peak. Large steps and strong decay: half a million parameters
-    weight_decay=0.3,            # that read a million characters ten times learn them by heart
-    average=0.998,               # decay of the averaged weights, which evaluate and write
+    lr=1.5e-2,                   # at its peak
+    weight_decay=0.3,            # strong: or half a million parameters would learn the million
+                                 # characters by heart
+    average=0.998,               # decay of the averaged weights, used to evaluate and to generate
     forget=0.05,                 # chance that a row forgets its state before a step
     d_model=128,
     layers=4,
@@ -73,7 +74,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # Training: the loop, and what it needs.
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun
-STOP = []            # what Ctrl-C or SIGTERM leaves here is looked for between two steps
+STOP = []            # Ctrl-C and SIGTERM append to this list; the loop looks at it after each step
 
 
 def ask_to_stop(number, _):
@@ -99,8 +100,8 @@ def learning_rate(step, steps, peak):
 def batch(recipe, text, step):
     """Characters (b, block) of a step, and those that come next: a function of (seed, step).
 
-    Row r of an epoch reads on from start + r · length, round and round, where length · b is about
-    that of the text. So the rows of this step begin where those of the last one ended.
+    Row r of an epoch starts at start + r · length, and wraps around at the end of the text; b times
+    length is about the text. The rows of this step begin where those of the last one ended.
     """
     b, block, n = recipe["batch"], recipe["block"], len(text.train)
     steps_per_epoch = (n - 1) // (b * block)
@@ -124,8 +125,8 @@ class Run(NamedTuple):
 def train(recipe, text, device, path, resume):
     """Train one model, saving to path: -> Run.
 
-    Every random draw is a function of (seed, step). So step and states are all that a checkpoint
-    must say, and a run that was stopped goes on to the weights that it would have had.
+    Every random draw is a function of (seed, step). So a checkpoint holds no random state, and a
+    run that was stopped goes on to the weights that it would have had.
     """
     b, block = recipe["batch"], recipe["block"]
     steps_per_epoch = (len(text.train) - 1) // (b * block)
@@ -163,16 +164,15 @@ def train(recipe, text, device, path, resume):
                 group["lr"] = learning_rate(step, steps, recipe["lr"])
             torch.manual_seed(seed_for(recipe["seed"], "forget", step))
 
-            # Which rows forget: a few, by chance; and all of them where an epoch begins, since it
-            # begins at other places in the text.
-            forget = (torch.rand(b, 1, 1) < recipe["forget"]) | (step % steps_per_epoch == 0)
+            # Which rows forget: a few, by chance. (Where an epoch begins, at other places in the
+            # text, there are no states yet, and all begin anew.)
+            forget = torch.rand(b, 1, 1) < recipe["forget"]
 
             # The next characters of each row; under torchrun each process takes its share of rows.
             inputs, targets, forget = (t.chunk(PROCESSES)[RANK].to(device)
                                        for t in (*batch(recipe, text, step), forget))
 
-            # Forward: from the states that the last step left, except where a row forgets. (At the
-            # beginning of an epoch there are none: None begins anew, as zeros do.)
+            # Forward: from the states that the last step left, except where a row forgets.
             if states is not None:
                 states = [State(*(t.masked_fill(forget, 0) for t in state)) for state in states]
             logits, states = net(inputs, states)
@@ -273,7 +273,7 @@ def block_losses(model, text, block):
 
 
 def progress(log, steps, window):
-    """One line: how far the training is, and the means of the last steps, a window of them."""
+    """One line: how far the training is, and the means over the last `window` steps."""
     part, seconds = log[-window:], log[-1][2]
     loss, right = (sum(row[i] for row in part) / len(part) for i in (0, 1))
     left = seconds / len(log) * (steps - len(log))
@@ -282,7 +282,7 @@ def progress(log, steps, window):
 
 
 def choose_device(name):
-    """-> torch.device: the one of that name, or for "auto" a GPU if there is one that CUDA knows."""
+    """-> torch.device: the one of that name; for "auto" the GPU if CUDA finds one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -335,7 +335,10 @@ def set_aside(path):
     """Rename what is at path: whoever forgets --resume, or a --name, loses nothing."""
     if RANK == 0 and os.path.exists(path):
         old = next(old for i in itertools.count(1) if not os.path.exists(old := f"{path}.old{i}"))
-        os.replace(path, old)
+        try:
+            os.replace(path, old)
+        except OSError as error:
+            sys.exit(f"train_shakespeare.py: cannot rename {path} ({first_line(error)})")
         print(f"an earlier {path} was there, and is now {old}")
 
 
@@ -404,7 +407,7 @@ def first_line(error):
 # The text: Shakespeare where it can be had, Python's help texts where not.
 
 class Text(NamedTuple):
-    """A text as tokens. Its vocabulary goes into the checkpoint, which can then be written from."""
+    """A text as tokens. Its vocabulary goes into the checkpoint: to generate takes no text file."""
     name: str                    # what every result carries
     vocabulary: str              # its characters; a token is a place in here
     train: torch.Tensor          # (N,) int64
@@ -464,8 +467,7 @@ def load_text(data_dir, source="auto", path=None):
     except Exception as error:           # no network, a broken download, no file, no UTF-8
         problem = f"cannot read or download {path} ({first_line(error)})"
         if digest is None:
-            sys.exit(f"train_shakespeare.py: cannot read {path} ({first_line(error)}): --text "
-                     f"wants a file in UTF-8")
+            sys.exit(f"train_shakespeare.py: {problem}: --text wants a file in UTF-8")
         # A file that is damaged is an accident that should be noticed: nothing stands in for it.
         if source == "real" or os.path.exists(path):
             sys.exit(f"train_shakespeare.py: {problem}: connect to the network, give a UTF-8 text "
@@ -499,7 +501,7 @@ def help_texts():
 # a number in the README comes from such a row.
 
 def changed(recipe):
-    """What differs from RECIPE: "lr=0.001,layers=2". Without what has a column."""
+    """What differs from RECIPE, as "lr=0.001,layers=2"; but for the seed, which has a column."""
     return ",".join(f"{key}={value}" for key, value in recipe.items()
                     if value != RECIPE[key] and key != "seed")
 
@@ -603,8 +605,8 @@ def parse(arguments):
     p = argparse.ArgumentParser(
         allow_abbrev=False, usage="train_shakespeare.py [--flag value ...]    (--help lists them)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"The first {len(RECIPE)} flags are the settings of the training. What they mean "
-               f"stands beside them, in RECIPE at the top of this file.")
+        epilog=f"The first {len(RECIPE)} flags are the settings of the training: the comments in "
+               f"RECIPE, at the top of this file, explain them.")
     add = p.add_argument
     for setting, value in RECIPE.items():
         add("--" + setting.replace("_", "-"), type=type(value), default=value,
@@ -614,7 +616,7 @@ def parse(arguments):
     add("--quick", action="store_true", help="one epoch of 164,000 characters")
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--text", metavar="FILE", help="train on this text, UTF-8")
-    add("--generate", metavar="PROMPT", help="write instead of training; --seed draws the text")
+    add("--generate", metavar="PROMPT", help="write instead of training; --seed: another text")
     add("--tokens", type=int, default=1000, help="characters to write, default %(default)s")
     add("--temperature", type=float, default=0.8,
         help="1: as the model has it; 0: always the most likely; default %(default)s")
@@ -635,6 +637,10 @@ def parse(arguments):
         high = 1 if setting in ("average", "forget") else 10 ** 9
         if isinstance(value, (int, float)) and not low <= value <= high:
             p.error(f"--{setting.replace('_', '-')} must be from {low} to {high}, got {value}")
+    if args.seeds and {"--seed"} & {argument.split("=")[0] for argument in arguments}:
+        p.error("--seed is for one run, and --seeds for several")
+    if args.checkpoint and args.generate is None:
+        p.error("--checkpoint is for --generate; --resume takes the file of --out and --name")
     if args.seeds and not args.name and not args.quick and changed(recipe):
         p.error("a table with other settings than those of RECIPE needs a --name for its files")
     return args, recipe

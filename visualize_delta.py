@@ -353,8 +353,8 @@ def look_at_digits(args, device):
         if (other.get("dataset") not in ("mnist", "fashion") or other["layers"] == 0
                 or other["model"] in ("rnn", "s4") or not 1 < other.get("patch", 1) < 14
                 or {**other, "seed": recipe["seed"]} != recipe):
-            sys.exit("visualize_delta.py: only Vision Mambas that read MNIST by patches, and differ "
-                     "in the seed alone, can be looked at: name others by --checkpoint")
+            sys.exit("visualize_delta.py: only Vision Mambas that read MNIST by patches, and "
+                     "differ in the seed alone, can be looked at: name others by --checkpoint")
     source = "synthetic" if name.startswith("synthetic") else "real"
     data = train_mnist.load_data(recipe["dataset"], source, args.data_dir, 0)
     places = (data.test_labels == args.digit).nonzero().flatten()
@@ -653,8 +653,8 @@ def draw_along(name, panels, marks, marked, title):
 
 
 # --------------------------------------------------------------------------------------------------
-# A needle in a haystack (the paper's induction heads, section 4.1.2): in noise stands a marker, then
-# the symbol to remember; when the marker comes again, at the end, that symbol is asked for.
+# A needle in a haystack (the paper's induction heads, section 4.1.2): in noise stands a marker,
+# then the symbol to remember; when the marker comes again, at the end, that symbol is asked for.
 #
 # To find a needle a model must write at two tokens and then leave its state alone, for as long as
 # it takes: what a gate is for. A leak that costs nothing at length 256 is multiplied by 4,096 at a
