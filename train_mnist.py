@@ -775,8 +775,8 @@ def draw_runs(path, runs, recipe, title):
 def draw_rows(path, rows, data, title):
     """Test accuracy of each row of the poster, a dot per seed; what was published as a cross.
 
-    What to see: the rate moves all dots of a row, by more than a point. The number of branches and
-    the direction move them no further than the seed does.
+    What to see: the rate moves the dots of a row by about a point. The number of branches and the
+    direction move them no further than the seed does.
     """
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure, ax = plt.subplots(figsize=(7, 0.5 * len(names) + 1.2), layout="constrained")
