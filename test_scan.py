@@ -1,6 +1,6 @@
 """test_scan.py: why you may believe the rest.
 
-    python test_scan.py                all tests, in about a minute on one core
+    python test_scan.py                all tests, in a minute or two on one core
     python test_scan.py padding zoh    those whose name contains one of the words
     pytest test_scan.py                the same tests, for those who have pytest
 
