@@ -95,7 +95,7 @@ def _take(x, index):
 
 
 class ConvS6(nn.Module):
-    """a (b, l, d) -> S6(SiLU(conv(a))), (b, l, d): reads a sequence in one direction."""
+    """a (b, l, d) -> y = S6(SiLU(conv(a))), (b, l, d), State: reads a sequence in one direction."""
 
     def __init__(self, d, n=16, dt_rank=None, d_conv=4):
         super().__init__()
@@ -110,21 +110,18 @@ class ConvS6(nn.Module):
                 if it were not there, and y is 0 there
         Raises ValueError for another width, another mask, and as `selective_scan` does.
         """
-        check_sequence(self, a, self.conv1d.in_channels)
+        check_sequence(self, a, self.conv1d.in_channels, mask)
         b, l, d = a.shape
         w, conv1d = self.conv1d.kernel_size[0], self.conv1d
         if mask is not None:
-            if mask.shape != (b, l):     # it would be broadcast, and mix up the sequences
-                raise ValueError(f"ConvS6: mask must have shape (b, l) = {(b, l)}, got "
-                                 f"{tuple(mask.shape)}")
             # The convolution would see padding between two words. So padding moves behind the last
             # real token, where no real token sees it, and in the end y moves back.
             padding = (mask == 0).unsqueeze(-1)
             order = torch.argsort((mask == 0).int(), dim=1, stable=True)
             a, mask = _take(a.masked_fill(padding, 0), order), mask.gather(1, order)
         window, h0 = (None, None) if state is None else state
-        u = F.silu(causal_conv(a, conv1d.weight, conv1d.bias, window))         # (b, l, d)
-        y, h = self.s6(u, h0, mask, method=method)
+        x = F.silu(causal_conv(a, conv1d.weight, conv1d.bias, window))         # (b, l, d)
+        y, h = self.s6(x, h0, mask, method=method)
         # The next window: the last w-1 real tokens of [before, a]. Padding is at the end of a, so
         # they stand at count … count + w-2.
         before = a.new_zeros(b, w - 1, d) if window is None else window.to(a.dtype)
@@ -159,7 +156,7 @@ class Mamba(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """x -> x + Mamba(norm(x)): pre-norm and residual. Padding comes out as it went in."""
+    """x -> x + Mamba(norm(x)), State: pre-norm and residual. Padding comes out as it went in."""
 
     def __init__(self, d_model, n=16, expand=2, dt_rank=None, d_conv=4):
         super().__init__()
@@ -293,7 +290,7 @@ def generate_plainly(model, prompt, count, *, temperature=1.0, top_k=None, seed=
 # of a token's time on calls that have next to nothing to compute. So the equations are written out
 # once more, for one token of one text, in TorchScript, CHUNK tokens per call.
 
-CHUNK = 16           # few enough to seem to appear one by one
+CHUNK = 16           # few enough that the text still seems to appear token by token
 
 
 @script
@@ -306,20 +303,20 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _step(token: int, embedding: Tensor, head: Tensor, layers: List[List[Tensor]],
           states: List[List[Tensor]], eps: float) -> Tensor:
     """One token -> logits (1, vocabulary). Updates windows and h of the states in place."""
-    x = embedding[token:token + 1]                                             # (1, d_model)
+    stream = embedding[token:token + 1]                                        # (1, d_model)
     for weights, state in zip(layers, states):
         in_proj, kernel, bias, x_proj, dt_proj, dt_bias, A, D, out_proj = weights
         window, h = state                                                      # (w, d), (n, d)
-        a, z = _normed(x, in_proj, eps).chunk(2, 1)                            # (1, d) each
+        a, z = _normed(stream, in_proj, eps).chunk(2, 1)                       # (1, d) each
         window.copy_(torch.cat([window[1:], a]))
-        u = F.silu((window * kernel).sum(0, keepdim=True).add_(bias))          # (1, d)
-        dt, B, C = torch.mm(u, x_proj).split([dt_proj.shape[0], h.shape[0], h.shape[0]], 1)
+        x = F.silu((window * kernel).sum(0, keepdim=True).add_(bias))          # (1, d)
+        dt, B, C = torch.mm(x, x_proj).split([dt_proj.shape[0], h.shape[0], h.shape[0]], 1)
         delta = F.softplus(torch.addmm(dt_bias, dt, dt_proj))                  # (1, d)
         # h_t = exp(Δ_t A) h_{t-1} + B_t (Δ_t x_t),  y_t = C_t h_t + D x_t
-        h.mul_((delta * A).exp2_()).addcmul_(B.t(), delta * u)
-        y = torch.mm(C, h).addcmul_(D, u).mul_(F.silu(z))                      # (1, d)
-        x = torch.addmm(x, y, out_proj)                                        # (1, d_model)
-    return _normed(x, head, eps)
+        h.mul_((delta * A).exp2_()).addcmul_(B.t(), delta * x)
+        y = torch.mm(C, h).addcmul_(D, x).mul_(F.silu(z))                      # (1, d)
+        stream = torch.addmm(stream, y, out_proj)                              # (1, d_model)
+    return _normed(stream, head, eps)
 
 
 @script

@@ -46,8 +46,8 @@ from s6 import check_sequence
 class RNN(nn.Module):
     """x (b, l, d_model) -> states of the top layer (b, l, hidden), from a first state of zero.
 
-    train_mnist.py chooses `hidden` so
-    that there are as many parameters as in Mamba, to 1 %.
+    train_mnist.py chooses `hidden` so that there are as many parameters as in Mamba, to 1 % (but in
+    the recipe poster, which follows what was published).
     """
 
     def __init__(self, d_model, hidden, layers=2):
@@ -186,8 +186,8 @@ class S4(nn.Module):
         h      the state to go on from, None for zero
         mode   "convolution": all tokens at once, by FFT. "recurrence": one after the other. They
                agree up to rounding. "auto": the recurrence for a single token, else the convolution
-        return_state   False: None in place of the state, which a convolution has to compute apart,
-               at a cost that a training should not pay
+        return_state   False: None in place of the state. A convolution has to compute it apart,
+               which takes a quarter of a training step
         Raises ValueError for another mode, or shape of x.
         """
         if mode not in (*MODES, "auto"):

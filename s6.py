@@ -33,7 +33,7 @@ The glossary. The other files use the same names; the examples are those of trai
     d         int         channels; each has a state of its own                   128
     n         int         numbers in one channel's state                          16
     x         (b, l, d)   input                                                   a feature
-    delta Δ   (b, l, d)   step size, > 0: how long the state looks at a token     0.001 … 0.1
+    delta Δ   (b, l, d)   step size, ≥ 0: how long the state looks at a token     0.001 … 0.1
     A         (d, n)      < 0: how fast a number is forgotten, per unit of Δ      -1, -2, … -16
     B         (b, l, n)   where x_t is written in the state
     C         (b, l, n)   how the state is read
@@ -99,12 +99,12 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
 #
 # Why Δ is called a gate (theorem 1). Let n = 1, A = -1, B = 1, Δ = softplus(z) = ln(1 + exp(z)).
 # Under zero-order hold Ā = exp(-Δ) = 1 - σ(z) and B̄ = 1 - Ā = σ(z), where σ is the sigmoid:
-#     h_t = (1 - g_t) h_{t-1} + g_t x_t,   g_t = σ(z_t)
+#     h_t = (1 - σ(z_t)) h_{t-1} + σ(z_t) x_t
 # a gated RNN, a relative of GRU and LSTM. Under Euler x_t has the weight softplus(z) instead, which
 # grows without bound. A itself is not made from x: Δ multiplies it, and so Ā is selective already.
 
 class S6(nn.Module):
-    """x (b, l, d) -> y (b, l, d): Δ, B, C from x, and the scan. Parameters have the official names.
+    """x (b, l, d) -> y (b, l, d), state: Δ, B, C from x, and the scan. Official parameter names.
 
     d         channels
     n         states per channel
@@ -135,7 +135,7 @@ class S6(nn.Module):
         mask (b, l) or None: where it is 0 the token is padding, and leaves the state as it was.
         Raises ValueError as `selective_scan` does.
         """
-        check_sequence(self, x, len(self.D))
+        check_sequence(self, x, len(self.D), mask)
         if mask is not None:
             padding = (mask == 0).unsqueeze(-1)
             x = x.masked_fill(padding, 0)          # whatever stands there, even if it is no number
@@ -160,8 +160,8 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
                    return_state=False):
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t,  y_t = C_t h_t + D x_t  (paper, sections 2 and 3.3).
 
-    x, delta         (b, l, d)   input; step size > 0. Δ_t = 0 leaves the state exactly as it was,
-                                 which is how padding is masked
+    x, delta         (b, l, d)   input; step size ≥ 0. Δ_t = 0 leaves the state exactly as it was,
+                                 since exp(0 A) = 1 and 0 B_t x_t = 0: this is how padding is masked
     A                (d, n)      < 0
     B, C             (b, l, n)
     D                (d,)        optional, default zero
@@ -215,10 +215,11 @@ def _pieces(x, n, method):
 
 
 def _short_pieces(l):
-    """For a GPU, where a call is a launch of some 5 µs, however wide: pieces of some log₂ l tokens.
+    """For a GPU, where a call is a launch of about 5 µs, however wide: pieces of log₂ l tokens.
 
-    A scan this small is nothing but launches: some 27 for each token of a piece, and 8 for each of
-    the log₂ k rounds that join the pieces. Short pieces keep both few: `python s6.py` counts them.
+    The time of a small scan is that of its launches: about 27 for each token of a piece, 8 for each
+    of the log₂ k rounds that join the pieces, and 40 besides. Short pieces keep them few: `python
+    s6.py` counts them.
     """
     return -(-l // max(8, l.bit_length()))
 
@@ -242,8 +243,7 @@ def _short_pieces(l):
 def script(function):
     """Compile with TorchScript, or return the function as it is where TorchScript does not work.
 
-    It is deprecated, and unsupported on Python ≥ 3.14. Its warning is not the reader's concern, and
-    exactly that warning is silenced.
+    It is deprecated, and unsupported on Python ≥ 3.14. Its warning, and no other, is silenced.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
@@ -380,8 +380,8 @@ class _Scan(torch.autograd.Function):
             if k > 1:
                 u, delta, B, C = (_fold(t, k) for t in (u, delta, B, C))
                 h0 = _start_states(u, delta, A, B, h0, k, zoh)
-            # Every √T-th of the T states. Of pieces at most every twelfth: short ones are many, and
-            # so would their states be.
+            # Keep every √T-th of the T states. Of pieces no more than every 12th: they are short
+            # and many, and √T states of each would add up.
             ctx.keep = max(1, round(math.sqrt(u.shape[1])))
             ctx.keep = max(ctx.keep, min(12, u.shape[1])) if k > 1 else ctx.keep
             y, kept, h = _forward(u, delta, A, B, C, h0, ctx.keep, zoh)
@@ -504,13 +504,16 @@ def _end_gradients(grad_y, delta, A, C, grad_h, k):
 
 
 # --------------------------------------------------------------------------------------------------
-# Checks: a wrong shape must not broadcast, and train.
+# Checks: a wrong shape must raise an error, and not be broadcast in silence.
 
-def check_sequence(layer, x, d):
-    """Raise a ValueError unless x is (b, l, d)."""
+def check_sequence(layer, x, d, mask=None):
+    """Raise a ValueError unless x is (b, l, d), and mask, if there is one, (b, l)."""
+    name = type(layer).__name__
     if x.ndim != 3 or x.shape[2] != d:
-        raise ValueError(f"{type(layer).__name__}: x must have shape (b, l, {d}), "
-                         f"got {tuple(x.shape)}")
+        raise ValueError(f"{name}: x must have shape (b, l, {d}), got {tuple(x.shape)}")
+    if mask is not None and mask.shape != x.shape[:2]:
+        raise ValueError(f"{name}: mask must have shape (b, l) = {tuple(x.shape[:2])}, "
+                         f"got {tuple(mask.shape)}")
 
 
 def _check(x, delta, A, B, C, D, h0, method, discretization):

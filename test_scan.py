@@ -1635,7 +1635,7 @@ def test_a_haystack_read_in_pieces_is_the_whole():
     """Catches: a state that is dropped between pieces, by Mamba or by the RNN."""
     torch.manual_seed(0)
     answers, length = torch.arange(4), 300
-    for name in ("priced", "rnn"):
+    for name in ("penalised", "rnn"):
         model = visualize_delta.build(name, 0)
         whole, pieces = (list(haystacks(length, 60 * answers, answers, torch.Generator(), piece))
                          for piece in (None, 64))
@@ -1649,11 +1649,11 @@ def test_a_haystack_read_in_pieces_is_the_whole():
 def test_the_needle_is_taught_at_growing_lengths_and_the_price_comes_last():
     """Catches: a curriculum that stays at 8, a price from the first step, or on every model."""
     # In place of `learn` a note of what it was asked, and a loss that says: this length is solved.
-    for name in ("priced", "unpriced"):
+    for name in ("penalised", "selective"):
         calls = []
 
-        def learn(model, optimizer, tokens, answers, price=0.0):
-            calls.append((tokens.shape[1], price))
+        def learn(model, optimizer, tokens, answers, penalty=0.0):
+            calls.append((tokens.shape[1], penalty))
             return 0.04
 
         with patch.object(visualize_delta, "learn", learn), \
@@ -1663,7 +1663,7 @@ def test_the_needle_is_taught_at_growing_lengths_and_the_price_comes_last():
         lengths, prices = zip(*calls)
         assert lengths[:6] == (8, 16, 32, 64, 128, 256) and longest == 256
         assert set(lengths[6:]) == {8, 16, 32, 64, 128, 256} and not any(prices[:6])
-        assert set(prices[6:]) == {0.01 if name == "priced" else 0.0}
+        assert set(prices[6:]) == {0.01 if name == "penalised" else 0.0}
     # By the paper's recipe length and price stay as they are; resumed, it goes on from a stage.
     calls, flags = [], "--task paper --resume".split()
     with folder_with_data(), patch.object(visualize_delta, "learn", learn), \
@@ -1673,12 +1673,12 @@ def test_the_needle_is_taught_at_growing_lengths_and_the_price_comes_last():
                 visualize_delta.parse(flags), 0, CPU)]
             os.remove("checkpoints/needle_paper-4-seed0.pt")
     assert calls == 6 * [(256, 0.0)] and stages == [2, 4], calls
-    model, means = visualize_delta.build("priced", 0), []
+    model, means = visualize_delta.build("penalised", 0), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tokens, answers = torch.randint(16, (8, 16)), torch.randint(16, (8, 1))
     for _ in range(3):
         with watch(model) as scans:
-            visualize_delta.learn(model, optimizer, tokens, answers, price=10.0)
+            visualize_delta.learn(model, optimizer, tokens, answers, penalty=10.0)
         means.append(sum(scan.delta.log().mean().item() for scan in scans.values()))
     print(f"    mean log Δ under a price: {means}")
     assert means[0] > means[1] > means[2]
@@ -1699,7 +1699,7 @@ def test_the_numbers_at_the_needle_are_those_worked_out_by_hand():
     with patch.object(visualize_delta, "random_needles", lambda *_: needles), \
             patch.object(visualize_delta, "gate", lambda _: delta), \
             patch.object(visualize_delta, "changes", lambda _: moves):
-        row = visualize_delta.gates_at_needles(visualize_delta.build("priced", 0), "priced", 0, CPU,
+        row = visualize_delta.gates_at_needles(visualize_delta.build("penalised", 0), "penalised", 0, CPU,
                                                1, 11)[0]
     print(f"    {row}")
     assert row["delta_at_needle"] == "6" and row["needle_over_median"] == "3"
@@ -1760,12 +1760,12 @@ def test_the_commands_that_look_at_delta_write_what_they_promise():
             runs(f"{look} digits needle paper copying text --quick")
             steps = learn.call_count
             printed, _ = runs(f"{look} needle paper copying --quick --resume")
-            assert learn.call_count == steps and "model=priced seed=0" in printed
+            assert learn.call_count == steps and "model=penalised seed=0" in printed
         finally:
             torch.set_flush_denormal(False)
         state["scores"].pop()
         torch.save(state, path)
-        answers(f"{look} digits", [path, "not finished"])
+        answers(f"{look} digits", [path, "finished training"])
         found = {name for folder in ("results", "figures") for name in os.listdir(folder)
                  if "old" not in name}   # what --resume has written again is set aside
     print(f"    {sorted(found)}")

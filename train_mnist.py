@@ -21,7 +21,7 @@ reads the tokens. (In the recipe poster more differs, and that is its subject.)
 
 How to read this file: the recipes, then `train`, which is the whole loop; the rest serves it.
 To change a value, or to add one: RECIPES. Another data set of torchvision: TORCHVISION. Another
-model: `build`. Another optimizer, schedule or loss: `train`.
+model: `build`. Another schedule: `learning_rate` and CHOICES. Another optimizer or loss: `train`.
 
 Without a network and without files, digits drawn with matplotlib's fonts stand in for MNIST; that
 is announced, and all results carry their name. Left out: worker processes. A data set fits in
@@ -77,13 +77,13 @@ RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held 
     seed=0,                              # of weights, order of the images, and warps
     epochs=5,
     batch=64,
-    lr=3e-3,                             # its peak
+    lr=3e-3,                             # peak
     schedule="cosine",                   # or "constant": see learning_rate
-    clip=1.0,                            # greatest norm of a gradient
+    clip=1.0,                            # longer gradients are scaled down to this norm
     weight_decay=0.05,                   # for matrices alone: see block.parameter_groups
     average=0.998,                       # decay of the averaged weights, which are what is tested;
                                          # 0: no average, the weights themselves are tested
-    smoothing=0.0,                       # of the labels: probability that all classes share
+    smoothing=0.0,                       # label smoothing
     augment="warp",                      # or "shift-flip", for photographs, or "none"
     bf16=False,                          # train under autocast; weights, Δ and states stay float32
     patch=4,                             # pixels per side: 28/4 · 28/4 = 49 tokens
@@ -92,7 +92,7 @@ RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held 
     pool="mean",                         # of the tokens; "max"; "last", as in the classic RNN
     fuse="average",                      # of both branches; or "concat"
     d_model=64,                          # width of the residual stream
-    layers=2,                            # S4 gets twice as many: two of its blocks cost one Mamba's
+    layers=2,                            # S4 gets twice as many: its blocks are half as large
     hidden=152,                          # width of the RNN: 92,000 parameters, as all have
     state=92,                            # numbers in a state of S4: the same
 )
@@ -136,7 +136,8 @@ RECIPES["poster"] = dict(                # settings of a published poster: see R
 
 # What --compare trains: a name for each row of the table, and what it changes in the recipe. Each
 # Mamba of the poster differs from the one above it in one respect: the learning rate (and the
-# clipping that goes with it), the number of branches, the direction, and the rate again.
+# clipping that goes with it), the number of branches, the direction, and the rate again. To train
+# one row alone: --compare --models NAME.
 ROWS = {name: {model: {"model": model} for model in ("bidirectional", "causal", "s4", "rnn")}
         for name in RECIPES}
 ROWS["next-pixel"] = {model: {"model": model} for model in ("causal", "s4")}
@@ -213,6 +214,7 @@ def learning_rate(recipe, step, steps):
     """"cosine": a line from 0 to lr over the first tenth of the steps, then a cosine to 0."""
     if recipe["schedule"] == "constant":
         return recipe["lr"]
+    assert recipe["schedule"] == "cosine"
     part = (step + 1) / steps
     fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (part - 0.1) / 0.9)))
     return recipe["lr"] * min(part / 0.1, fall)
@@ -227,10 +229,10 @@ def prepare(recipe, data, images, labels):
 
 
 def batch(recipe, data, step):
-    """Inputs and targets of a step. In an epoch each image comes once, in an order of its own; the
-    few that are left at its end, too few for a batch, are not used.
+    """Inputs and targets of a step. Each image comes once per epoch, in a new order; a last part of
+    the images, too small for a batch, is left out.
 
-    Which images: a function of (seed, step). How they are warped: of PyTorch's seed, set per step.
+    The images depend on (seed, step); the warps on PyTorch's seed, which `train` sets per step.
     """
     size, count = recipe["batch"], len(data.train_images)
     epoch, i = divmod(step, count // size)
@@ -480,7 +482,7 @@ class Data(NamedTuple):
 
 
 def summary(data):
-    """Name and sizes: a checkpoint goes on with the same data only."""
+    """Name and sizes: a checkpoint goes on with data of the same name and sizes only."""
     return f"{data.name}: {len(data.train_images)} training, {len(data.test_images)} test images"
 
 
@@ -574,6 +576,7 @@ def load_folder(folder, size):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     name = os.path.basename(os.path.abspath(folder))
     name = "cifar10-jpeg" if name == "CIFAR-10-images" else name
+    name = f"own-{name}" if name in (*TORCHVISION, *RECIPES) else name
     return as_data(name, x[order], y[order], test_x, test_y, len(parts[0].classes))
 
 
@@ -646,8 +649,9 @@ def warp(images, degrees, scale, shear, shift, generator=None):
     wide, high = 1 + draw(scale), 1 + draw(scale)
     right, down = draw(2 * shift / width), draw(2 * shift / height)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    rows = [torch.stack([cos * wide, (skew * cos - sin) * high, right], -1),
-            torch.stack([sin * wide, (skew * sin + cos) * high, down], -1)]
+    ratio = height / width               # a step of 1 is half the width, or half the height
+    rows = [torch.stack([cos * wide, ratio * (skew * cos - sin) * high, right], -1),
+            torch.stack([sin * wide / ratio, (skew * sin + cos) * high, down], -1)]
     grid = F.affine_grid(torch.stack(rows, 1), images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
@@ -672,7 +676,7 @@ def shift_and_flip(images, padding=2):
 # number in the README comes from such a row.
 
 def changed(recipe):
-    """What differs from the recipe of that name, but for what a row says anyway: "lr=0.001"."""
+    """What differs from the recipe of that name, and has no column in a row: "lr=0.001"."""
     defaults, said = RECIPES[recipe["recipe"]], ("recipe", "model", "dataset", "seed")
     return ",".join(f"{key}={value}" for key, value in recipe.items()
                     if key not in said and value != defaults[key])

@@ -321,13 +321,14 @@ def write(path, make):
 
 
 def write_rows(path, rows):
-    """A CSV file of dictionaries that have the same keys."""
+    """A CSV file of dictionaries that have the same keys; an earlier one is set aside."""
     def make(part):
         with open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 
+    set_aside(path)
     write(path, make)
 
 
@@ -688,7 +689,6 @@ def main():
         runs.append(train(settings, text, device, path, resume))
         rows.append(result(settings, text, device, runs[-1]))
     if RANK == 0 and args.seeds:
-        set_aside(f"results/{name}.csv")
         write_rows(f"results/{name}.csv", rows)
         draw_loss(f"figures/{name}_loss.png", runs, recipe, text,
                   f"{text.name}, seeds {', '.join(map(str, seeds))}")

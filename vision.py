@@ -9,8 +9,7 @@ Vision Mamba: an image as a sequence of patches, scanned forward and backward.
 A scan carries information one way only: to a causal model, the upper left corner of a digit never
 knows what the lower right looks like. The bidirectional block scans the same tokens twice, each
 time with a convolution and an S6 of its own, the second time in reverse, and fuses the two outputs
-by average or concatenation. (Vision Mamba's paper adds them; the released models also divide by 2.
-The two are uncorrelated at first, so half the sum is then 1/√2 as large as one of them.)
+by average or concatenation. (Vision Mamba's paper adds them; the released models also divide by 2.)
 
 Where the tokens are single pixels, an image can also be drawn: `PixelLM` guesses each pixel from
 those before it.
@@ -30,6 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from block import ConvS6, RMSNorm, scale_residuals
+from rnn import S4Block
 from s6 import check_sequence
 
 DIRECTIONS, FUSIONS = ("bidirectional", "causal", "forward"), ("average", "concat")
@@ -84,7 +84,7 @@ class Stem(nn.Module):
         if _choose("stem", kind, STEMS) == "patch":
             self.net = nn.Conv2d(channels, d_model, patch, stride=patch)
             return
-        if patch not in (2, 4):      # a stride of patch/2 over 2 would skip pixels
+        if patch not in (2, 4):      # 3×3 windows with a stride of patch/2 > 2 overlap no more
             raise ValueError(f"the {kind} stem is made for a patch of 2 or 4, got {patch}: the "
                              f"stem \"patch\" takes any")
         if d_model < 4:
@@ -249,11 +249,12 @@ class PixelLM(nn.Module):
 
     def forward(self, tokens):
         """tokens (b, l) -> logits (b, l, 256), from the beginning of an image on."""
-        return self.read(tokens)[0]
+        return self.read(tokens, return_state=False)[0]
 
-    def read(self, tokens, states=None):
+    def read(self, tokens, states=None, *, return_state=True):
         """The same, and what to go on from: how many tokens were read, and the blocks' states.
 
+        return_state    False: S4Blocks, which would have to compute it apart, give None as state
         Raises ValueError for another shape, and for more tokens than the image has pixels.
         """
         if tokens.ndim != 2:
@@ -266,7 +267,8 @@ class PixelLM(nn.Module):
         position = along_axes(self.position, height, width)[place:place + l]   # (l, d_model)
         x, new = self.embedding(tokens) + position, []                         # (b, l, d_model)
         for block, state in zip(self.blocks, states, strict=True):
-            x, state = block(x, state)
+            how = {"return_state": return_state} if isinstance(block, S4Block) else {}
+            x, state = block(x, state, **how)
             new.append(state)
         return self.head(self.norm(x)), (place + l, new)
 

@@ -8,8 +8,8 @@
     python visualize_delta.py --task paper     the same by the paper's recipe: an hour on one core
     python visualize_delta.py --task copying   16 symbols, scattered among 256 tokens: 15 minutes
     python visualize_delta.py --task text      Δ on Shakespeare, character by character: 1 minute
-With --quick the tasks that train (needle, paper, copying) take fewer steps, with --seeds 0 1 2 they
-are those of the README, and with --resume they take the models that were trained already.
+The tasks that train are needle, paper and copying. --quick: fewer steps; --seeds 0 1 2: as in the
+README; --resume: with the models that were trained already.
 
 The claim: Δ is the gate by which a selective model decides what to write into its state. A picture
 alone proves nothing, so each one has a control on the same scale: the model before its first
@@ -21,7 +21,7 @@ a scan the three tokens before as well, and two layers of them reach further bac
 
 Needle and copying, the paper's two tasks of memory (section 4.1), with small models that are
 trained here. Needle: expect every needle to be found at every length, up to a million tokens, by
-the model that also pays for what it writes. Copying: expect it to need the selection.
+the model whose loss has a penalty on Δ as well. Copying: expect it to need the selection.
 
 Text, with the models of train_shakespeare.py. Expect no gate that opens at spaces: mostly they get
 less than a letter inside a word. In the last layer it opens most at line breaks, to 1.3 … 1.8 times
@@ -68,7 +68,7 @@ LAYERS = ("#17becf", "#000000")          # colours of the first and second layer
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading Δ: hooks that are there while one looks, and gone afterwards.
+# Reading Δ: by hooks, which are removed afterwards.
 #
 # Every channel has a Δ of its own. What is shown is the mean over the channels, mostly divided by
 # its resting value: 1 is the Δ that a token of zeros would get, 2 a gate twice as wide open. The
@@ -154,8 +154,8 @@ def trained_models(args, names, command):
     for path in paths:
         states.append(load(path))
         if len(states[-1].get("scores", [])) < states[-1].get("recipe", {}).get("epochs", 1):
-            sys.exit(f"visualize_delta.py: the training of {path} has not finished: go on with it "
-                     f"by {command} --resume, or name others by --checkpoint")
+            sys.exit(f"visualize_delta.py: {path} does not hold a finished training of {command}: "
+                     f"go on with it by --resume, or name others by --checkpoint")
     return states
 
 
@@ -200,7 +200,7 @@ def save(name, figure, title=None):
 #
 # One picture of one digit persuades easily. So the same question is put to a thousand digits, as a
 # rank correlation: it asks only whether more ink goes with more Δ, in a straight line or not. It is
-# taken within each digit, since thick digits have more of everything.
+# taken within each digit, since thick digits have more ink and may have more Δ.
 
 BACK = range(6)      # Δ is compared with what its scan reads now, and up to five tokens earlier
 
@@ -497,10 +497,10 @@ def look_at_text(args, device):
 # --------------------------------------------------------------------------------------------------
 # The models that are taught to remember: one block, its selection switched off, and an RNN.
 #
-# They differ in one thing each. "priced" has the weights and the data of "unpriced", and only its
-# loss is another. "fixed-delta" can choose what to write, but not how much; "fixed" can choose
+# They differ in one thing each. "penalised" has the first weights and the data of "selective"; only
+# its loss is another. "fixed-delta" can choose what to write, but not how much; "fixed" can choose
 # nothing. The RNN is what came before. All have the same number of parameters, to 1 %. "paper" is
-# "unpriced" again, trained longer, with smaller steps, and without a curriculum.
+# "selective" again, trained longer, with smaller steps, and without a curriculum.
 
 SYMBOLS = 16         # the ordinary tokens, 0 … 15
 MARKER = 16          # of the needle
@@ -508,8 +508,8 @@ BLANK, ASK = 16, 17  # of copying
 FLOOR = 1e-9         # smallest Δ that counts: at A = -1 a million such steps forget 0.1 %
 
 MODELS = {  # name: colour, in words
-    "unpriced": ("#1f77b4", "selection"),
-    "priced": ("#d62728", "selection, and a price on writing"),
+    "selective": ("#1f77b4", "selection"),
+    "penalised": ("#d62728", "selection, and a penalty on Δ"),
     "fixed-delta": ("#ff7f0e", "Δ fixed, B and C selective"),
     "fixed": ("#9467bd", "Δ, B, C fixed"),
     "rnn": ("#7f7f7f", "vanilla RNN"),
@@ -564,18 +564,18 @@ def generator(seed, what, number=0):
     return torch.Generator().manual_seed(seed_for(seed, what, number))
 
 
-def learn(model, optimizer, tokens, answers, price=0.0):
+def learn(model, optimizer, tokens, answers, penalty=0.0):
     """One step on tokens (b, l), whose last answers.shape[1] places ask for answers: -> the loss.
 
-    What is minimised is the loss of the task plus price · mean log(Δ + FLOOR). The logarithm lowers
-    a small Δ by the same factor as a large one: a gate that nothing needs closes altogether.
+    It lowers the loss of the task plus penalty · mean log(Δ + FLOOR). The logarithm lowers a small
+    Δ by the same factor as a large one: a gate that nothing needs closes altogether.
     """
     with watch(model) as scans:
         logits = model(tokens)[0][:, -answers.shape[1]:, :SYMBOLS]
     loss = task = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
-    if price:
-        loss = task + price * torch.stack([(scan.delta + FLOOR).log().mean()
-                                           for scan in scans.values()]).mean()
+    if penalty:
+        loss = task + penalty * torch.stack([(scan.delta + FLOOR).log().mean()
+                                             for scan in scans.values()]).mean()
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -584,14 +584,14 @@ def learn(model, optimizer, tokens, answers, price=0.0):
 
 
 def show_step(name, seed, step, steps, length, loss):
-    """A line now and then."""
+    """Print the loss every 100 steps."""
     if step % 100 == 0:
         print(f"  {name} seed {seed}  step {step}/{steps}  length {length}  loss {loss:.4f}",
               flush=True)
 
 
 def facts_of(model, steps, length, seconds, device):
-    """What stands in every row about a model that was taught."""
+    """Columns about a model that was taught."""
     return {"params": sum(p.numel() for p in model.parameters()), "steps": steps,
             "taught_up_to": length, "training_seconds": f"{seconds:.0f}",
             "device": describe(device), "torch": str(torch.__version__)}
@@ -631,8 +631,8 @@ def along(model, tokens):
 def draw_along(name, panels, marks, marked, title):
     """A column per model: above Δ, below the change of h; panels {name: what `along` gave}.
 
-    What to see: the axes are logarithmic. At a needle, with a price on writing, gate and state move
-    at the needle alone. With copying, the gate of the first layer opens and shuts at each symbol.
+    What to see: the axes are logarithmic. With the penalty, gate and state move at the needle
+    alone. With copying, the gate of the first layer opens and shuts at each symbol.
     """
     figure, axes = plt.subplots(2, len(panels), figsize=(3.1 * len(panels) + 0.6, 5), sharex=True,
                                 sharey="row", squeeze=False)
@@ -695,8 +695,8 @@ def random_needles(count, length, random):
 def teach_needle(model, name, seed, device, steps, tokens_per_step):
     """The length doubles when the loss falls under 0.05: -> the greatest one that was solved.
 
-    After 256, lengths are drawn at random, so that none is forgotten; and only then is there a
-    price, for the model that pays one. Earlier, it could shut the gates before the task is learned.
+    After 256, lengths are drawn at random, so that none is forgotten; and only then is "penalised"
+    penalised. Earlier, the penalty could shut the gates before the task is learned.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0)
     random, level = generator(seed, "needle"), 0
@@ -705,14 +705,14 @@ def teach_needle(model, name, seed, device, steps, tokens_per_step):
         length = TAUGHT[int(torch.randint(level, (), generator=random)) if last else level]
         tokens, _, answers = random_needles(tokens_per_step // length, length, random)
         loss = learn(model, optimizer, tokens.to(device), answers[:, None].to(device),
-                     0.01 if last and name == "priced" else 0.0)
+                     0.01 if last and name == "penalised" else 0.0)
         level += not last and loss < 0.05
         show_step(name, seed, step, steps, length, loss)
     return TAUGHT[level - 1] if level else 0
 
 
 def teach_as_the_paper(args, seed, device):
-    """Always 8 x 256 tokens at a learning rate of 1e-3, no price: yields model and facts by stages.
+    """8 x 256 tokens per step, a learning rate of 1e-3, no penalty: yields model and facts by stage.
 
     The paper goes on for 204,800 steps, this for about an hour. Each stage is saved together with
     the optimizer, and --resume goes on from the last one.
@@ -761,7 +761,7 @@ def find_needles(model, length, count, seed, device):
 def ask_at_all_lengths(args, model, name, seed, device, facts):
     """Rows for results/needle.csv; and percent found by length and depth, (lengths, DEPTHS).
 
-    A model under 20 % is guessing, and is not tested at greater lengths: there found is NaN.
+    A model under 20 % is not tested at greater lengths: there found is NaN.
     """
     rows, longest = [], LONGEST_QUICK if args.quick else LONGEST
     found = torch.full((longest - SHORTEST + 1, DEPTHS), math.nan)
@@ -861,11 +861,11 @@ def draw_grid(name, found):
 def look_for_needles(args, device):
     """Teach every model, ask it at every length, and look at its gates: rows and figures."""
     recipe, quick = (QUICK, "_quick") if args.quick else (FULL, "")
-    names = ["priced"] if args.quick else [name for name in MODELS if name != "paper"]
+    names = ["penalised"] if args.quick else [name for name in MODELS if name != "paper"]
     print(f"needle: {recipe}, seeds {args.seeds}; loss of a blind guess ln {SYMBOLS} = "
           f"{math.log(SYMBOLS):.4f}", flush=True)
     rows, gates, found = [], [], {}
-    models = {("untrained", seed): build("unpriced", seed).to(device) for seed in args.seeds}
+    models = {("untrained", seed): build("selective", seed).to(device) for seed in args.seeds}
     for name, seed, model, facts in taught(args, f"needle{quick}", names, teach_needle, device,
                                            **recipe):
         new, found[name, seed] = ask_at_all_lengths(args, model, name, seed, device, facts)
@@ -887,7 +887,7 @@ def look_for_needles(args, device):
 
 
 def look_as_the_paper(args, device):
-    """What the price on writing buys: ask a model without one after each doubling of its steps."""
+    """Ask a model that has no penalty, after each doubling of its steps."""
     quick, rows = "_quick" if args.quick else "", []
     for seed in args.seeds:
         for model, facts in teach_as_the_paper(args, seed, device):
@@ -952,8 +952,8 @@ def look_at_copying(args, device):
     suffix = ("" if length == 256 else f"_length_{length}") + ("_quick" if args.quick else "")
     print(f"copying: {COPIED} symbols among {length} tokens, {steps} steps, seeds {args.seeds}; "
           f"loss of a blind guess ln {SYMBOLS} = {math.log(SYMBOLS):.4f}", flush=True)
-    rows, first = [], {"untrained": build("unpriced", args.seeds[0]).to(device)}
-    for name, seed, model, facts in taught(args, f"copying{suffix}", ("unpriced", "fixed"),
+    rows, first = [], {"untrained": build("selective", args.seeds[0]).to(device)}
+    for name, seed, model, facts in taught(args, f"copying{suffix}", ("selective", "fixed"),
                                            teach_copying, device, steps=steps, length=length):
         first.setdefault(name, model)    # the figure shows those of the first seed
         right = copied(model, length, seed, device).float()
@@ -979,7 +979,7 @@ TASKS = {"digits": look_at_digits, "needle": look_for_needles, "paper": look_as_
 
 def parse(arguments):
     p = argparse.ArgumentParser(
-        usage="visualize_delta.py [--flag value ...]    (--help lists them)",
+        allow_abbrev=False, usage="visualize_delta.py [--flag value ...]    (--help lists them)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--task", choices=TASKS, nargs="+", default=["needle", "digits"], metavar="TASK",
@@ -988,7 +988,7 @@ def parse(arguments):
         help="the one to draw, default %(default)s")
     add("--index", type=int, default=0, help="which of its test images, default %(default)s")
     add("--checkpoint", nargs="+", metavar="FILE",
-        help="of digits or text; default: every seed of the best model in --out")
+        help="of digits or text; default: every seed in --out, of a full training if there is one")
     add("--seeds", type=int, nargs="+", default=[0], help="of needle, paper, copying; default 0")
     add("--length", type=int, help="of copying, default 256; the paper's: 4096")
     add("--quick", action="store_true", help="needle, paper and copying: fewer steps and lengths")
@@ -1007,7 +1007,7 @@ def parse(arguments):
 def main():
     args = parse(sys.argv[1:])
     device = choose_device(args.device)
-    # Under the price Δ sinks until numbers become denormal, and a CPU takes several times as long.
+    # The penalty makes Δ so small that numbers become denormal, and a CPU several times slower.
     # Threads inherit this when they start, so it comes before all work.
     torch.set_flush_denormal(True)
     try:
