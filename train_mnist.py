@@ -728,8 +728,8 @@ def print_table(rows):
     """
     score, digits = ("test_bits_per_pixel", 4) if "test_bits_per_pixel" in rows[0] else (
         "test_accuracy", 2)
-    print(f"\n| model | parameters | {score.replace('_', ' ')} | change from the line above | seconds |\n"
-          f"|---|---|---|---|---|")
+    print(f"\n| model | parameters | {score.replace('_', ' ')} | change from the line above "
+          f"| seconds |\n|---|---|---|---|---|")
     above = []
     for model in dict.fromkeys(row["model"] for row in rows):
         runs = [row for row in rows if row["model"] == model]

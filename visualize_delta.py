@@ -712,7 +712,7 @@ def teach_needle(model, name, seed, device, steps, tokens_per_step):
 
 
 def teach_as_the_paper(args, seed, device):
-    """8 x 256 tokens per step, a learning rate of 1e-3, no penalty: yields model and facts by stage.
+    """8 x 256 tokens per step, a learning rate of 1e-3, no penalty: yields model, facts by stage.
 
     The paper goes on for 204,800 steps, this for about an hour. Each stage is saved together with
     the optimizer, and --resume goes on from the last one.
