@@ -6,7 +6,7 @@
     python visualize_delta.py --task digits    Δ on a 7 (--digit, --index) and on 1,000 test digits
     python visualize_delta.py --task needle    a needle in a haystack of a million tokens
     python visualize_delta.py --task paper     the same by the paper's recipe: an hour on one core
-    python visualize_delta.py --task copying   16 symbols, scattered among 256 tokens: 15 minutes
+    python visualize_delta.py --task copying   16 symbols, scattered among 256 tokens: 13 minutes
     python visualize_delta.py --task text      Δ on Shakespeare, character by character: 1 minute
 The tasks that train are needle, paper and copying. --quick: fewer steps; --seeds 0 1 2: as in the
 README; --resume: with the models that were trained already.
