@@ -187,7 +187,7 @@ class S4(nn.Module):
         mode   "convolution": all tokens at once, by FFT. "recurrence": one after the other. They
                agree up to rounding. "auto": the recurrence for a single token, else the convolution
         return_state   False: None in place of the state. A convolution has to compute it apart,
-               which takes a quarter of a training step
+               and a training that goes on from no state need not pay for that
         Raises ValueError for another mode, or shape of x.
         """
         if mode not in (*MODES, "auto"):

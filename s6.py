@@ -133,7 +133,7 @@ class S6(nn.Module):
         """x (b, l, d), h0 (b, d, n) or None -> y (b, l, d) and the last state (b, d, n).
 
         mask (b, l) or None: where it is 0 the token is padding, and leaves the state as it was.
-        Raises ValueError as `selective_scan` does.
+        Raises ValueError for another width, another mask, and as `selective_scan` does.
         """
         check_sequence(self, x, len(self.D), mask)
         if mask is not None:

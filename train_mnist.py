@@ -545,8 +545,9 @@ def load_data(dataset, source, data_dir, size):
 def load_folder(folder, size):
     """FOLDER/train/<class>/* and FOLDER/test/<class>/*, grey or colour -> Data.
 
-    The data set is named after its folder. Only CIFAR-10-images, as a copy of CIFAR-10 in JPEG
-    files is usually called, is cifar10-jpeg: its results are not quite those of CIFAR-10.
+    The data set is named after its folder; own-mnist if that is mnist, so that its results do not
+    pass for the published one's. CIFAR-10-images, as a copy of CIFAR-10 in JPEG files is usually
+    called, is cifar10-jpeg: its results are not quite those of CIFAR-10.
     """
     def read(path):                      # -> (3, h, w) uint8
         with Image.open(path) as image:
