@@ -57,9 +57,9 @@ RECIPE = dict(
     epochs=10,                   # with more, the validation loss rises again
     batch=32,                    # rows: places in the text that are read side by side
     block=128,                   # characters of each row per step; the gradient reaches back so far
-    lr=1.5e-2,                   # at its peak
+    lr=1.5e-2,                   # at its peak; on held-out training text 1e-2 ends 0.02 nats higher
     weight_decay=0.3,            # strong: or half a million parameters would learn the million
-                                 # characters by heart
+                                 # characters by heart. 0.15 ends 0.02 nats higher there
     average=0.998,               # decay of the averaged weights, used to evaluate and to generate
     forget=0.05,                 # chance that a row forgets its state before a step
     d_model=128,
