@@ -101,7 +101,7 @@ RECIPES["pixels"] = dict(
     patch=1, stem="patch",               # a token is a pixel
     position="axes",                     # a vector per pixel would be a third of the model
     augment="none",                      # in one epoch no image is seen twice
-    epochs=1, batch=32,                  # 784 tokens take sixteen times as long as 49
+    epochs=1, batch=32,                  # 784 tokens are sixteen times as many as 49
     hidden=153,                          # 86,000 parameters, as all have
 )
 RECIPES["next-pixel"] = dict(
