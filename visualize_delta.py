@@ -460,9 +460,9 @@ def draw_text(name, string, curves, rows, title):
         left.tick_params(labelbottom=True, length=0)       # the characters under every layer
         left.set(title=f"layer {layer + 1}", ylabel="Δ / its resting value", xlim=(-1, len(signs)))
     axes[0, 0].legend(ncols=2)
-    axes[0, 1].set_title("mean over the text")
+    axes[0, 1].set_title("mean, a dot per seed")
     axes[0, 1].invert_yaxis()
-    axes[-1, 1].set_xlabel("a dot per seed")
+    axes[-1, 1].set_xlabel("Δ / its resting value")
     save(name, figure, title)
 
 
