@@ -25,30 +25,36 @@ convolution's last three inputs, and the state h of the scan. As with PyTorch's 
 state returns two things: `y, state = layer(x, state)`; without a state it begins anew.
 
 `MambaLM` stacks blocks between an embedding and a head that is the embedding again, and its states
-are one State per block. `generate` writes text from them, at the same cost per token however long
-the text has become. Weights come from, and go back to, the official models by their names.
+are one State per block. It has no positions: the recurrence itself knows the order of the tokens.
+`generate` writes text, at the same cost per token however long the text has become. Weights come
+from, and go back to, the official models by their names.
+
+The price of a state of constant size. A block keeps d·n = 2·d_model·n numbers of all that it has
+read; a layer of attention keeps 2·d_model·l, the keys and values of l tokens. The two are equal at
+l = n = 16 tokens. From there on a state must choose what to keep, and so exact copying and recall
+over long texts are worse than attention's (Jelassi et al. 2024, "Repeat After Me"; Arora et al.
+2024, "Zoology"). Models that need both mix the two kinds of layers.
 
 Symbols: the glossary of s6.py; besides, d_model is the width of the residual stream, and d that
-inside the block. Left out: dropout, and the fused kernel's trick of computing the gate in the scan.
+inside the block. Left out: the fused kernel's trick of computing the gate in the scan.
 Read before: s6.py. Read next: vision.py, the same block for images.
 Source: Gu & Dao 2023, section 3.4 and figure 3; initialisation as in the authors' code.
 """
-# No `from __future__ import annotations` here: TorchScript reads the annotations of this file.
 import copy
-import csv
 import math
 import os
 import platform
 import sys
 import time
-from typing import List, NamedTuple, Tuple
+import warnings
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from s6 import S6, check_sequence, script
+from s6 import S6, check_sequence, write_rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -97,10 +103,10 @@ def _take(x, index):
 class ConvS6(nn.Module):
     """a (b, l, d) -> y = S6(SiLU(conv(a))), (b, l, d), State: reads a sequence in one direction."""
 
-    def __init__(self, d, n=16, dt_rank=None, d_conv=4):
+    def __init__(self, d, n=16, d_conv=4, **s6):
         super().__init__()
         self.conv1d = nn.Conv1d(d, d, d_conv, groups=d)     # holds the weights: see causal_conv
-        self.s6 = S6(d, n, dt_rank)
+        self.s6 = S6(d, n, **s6)
 
     def forward(self, a, state=None, mask=None, *, method="auto"):
         """a (b, l, d) -> y (b, l, d), and the State after the last token.
@@ -133,40 +139,69 @@ class ConvS6(nn.Module):
             y = _take(y, torch.argsort(order, dim=1)).masked_fill(padding, 0)
         return y, State(window, h)
 
+    def step(self, a, state):
+        """The same for one token: a (b, d) and a State -> y (b, d), State."""
+        # One token of `causal_conv`. (For a single token a convolution is seven times as slow.)
+        window = torch.cat([state.window, a.unsqueeze(1)], 1)                  # (b, w, d)
+        kernel = self.conv1d.weight.squeeze(1).t()                             # (w, d)
+        x = F.silu((window * kernel).sum(1) + self.conv1d.bias)                # (b, d)
+        y, h = self.s6.step(x, state.h)
+        return y, State(window[:, 1:], h)
+
 
 # --------------------------------------------------------------------------------------------------
 # The block.
 
 class Mamba(nn.Module):
-    """The mixer, without norm and residual: x (b, l, d_model) -> y, the same shape, and a State."""
+    """The mixer, without norm and residual: x (b, l, d_model) -> y, the same shape, and a State.
 
-    def __init__(self, d_model, n=16, expand=2, dt_rank=None, d_conv=4):
+    expand      d = expand · d_model
+    settings    of ConvS6 and of S6: d_conv, dt_rank, discretization
+    """
+
+    def __init__(self, d_model, n=16, expand=2, **settings):
         super().__init__()
         d = expand * d_model
+        self.d_model = d_model
         self.in_proj = nn.Linear(d_model, 2 * d, bias=False)
-        self.path = ConvS6(d, n, dt_rank, d_conv)
+        self.path = ConvS6(d, n, **settings)
         self.out_proj = nn.Linear(d, d_model, bias=False)
 
     def forward(self, x, state=None, mask=None, *, method="auto"):
         """State, mask and errors as for ConvS6."""
-        check_sequence(self, x, self.in_proj.in_features)
+        check_sequence(self, x, self.d_model)
         a, z = self.in_proj(x).chunk(2, dim=-1)                                # (b, l, d) each
         y, state = self.path(a, state, mask, method=method)
         return self.out_proj(y * F.silu(z)), state                             # (b, l, d_model)
+
+    def step(self, x, state):
+        """The same for one token: x (b, d_model) and a State -> y, the same shape, State."""
+        a, z = self.in_proj(x).chunk(2, dim=-1)                                # (b, d) each
+        y, state = self.path.step(a, state)
+        return self.out_proj(y * F.silu(z)), state
 
 
 class MambaBlock(nn.Module):
     """x -> x + Mamba(norm(x)), State: pre-norm and residual. Padding comes out as it went in."""
 
-    def __init__(self, d_model, n=16, expand=2, dt_rank=None, d_conv=4):
+    def __init__(self, d_model, n=16, **settings):
         super().__init__()
         self.norm = RMSNorm(d_model)
-        self.mixer = Mamba(d_model, n, expand, dt_rank, d_conv)
+        self.mixer = Mamba(d_model, n, **settings)
 
-    def forward(self, x, state=None, mask=None, *, method="auto"):
-        """x (b, l, d_model) -> the same shape, and the State after x. Errors as for ConvS6."""
-        check_sequence(self, x, len(self.norm.weight))
+    def forward(self, x, state=None, mask=None, *, method="auto", return_state=True):
+        """x (b, l, d_model) -> the same shape, and the State after x. Errors as for ConvS6.
+
+        return_state    for the S4Block of rnn.py, which computes its state apart: the State of a
+                        scan costs nothing, and is always returned
+        """
+        check_sequence(self, x, self.mixer.d_model)
         y, state = self.mixer(self.norm(x), state, mask, method=method)
+        return x + y, state
+
+    def step(self, x, state):
+        """The same for one token: x (b, d_model) and a State -> the same shape, State."""
+        y, state = self.mixer.step(self.norm(x), state)
         return x + y, state
 
 
@@ -176,18 +211,19 @@ class MambaBlock(nn.Module):
 class MambaLM(nn.Module):
     """Tokens (b, l) of int64 -> logits (b, l, vocabulary) for the token that comes next.
 
-    A prompt goes through in one call, and then one token at a time, each at the same cost however
-    long the text has become: give the states that one call returns to the next.
+    A prompt goes through in one call of the model. It returns states, and from these `step` goes
+    on, one token at a time, each at the same cost however long the text has become.
+
+    settings    of the blocks: n, expand, d_conv, dt_rank, discretization
     """
 
-    def __init__(self, vocabulary, d_model=128, layers=4, n=16, expand=2, dt_rank=None, d_conv=4):
+    def __init__(self, vocabulary, d_model=128, layers=4, **settings):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, d_model)
         # The head is the same matrix: 0.02 keeps the first logits near 0, so that the first loss
         # is near ln(vocabulary).
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.layers = nn.ModuleList(MambaBlock(d_model, n, expand, dt_rank, d_conv)
-                                    for _ in range(layers))
+        self.layers = nn.ModuleList(MambaBlock(d_model, **settings) for _ in range(layers))
         self.norm_f = RMSNorm(d_model)
         scale_residuals(self.layers)
 
@@ -200,6 +236,14 @@ class MambaLM(nn.Module):
         x, new = self.embedding(tokens), []                                    # (b, l, d_model)
         for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
             x, state = layer(x, state, mask, method=method)
+            new.append(state)
+        return F.linear(self.norm_f(x), self.embedding.weight), new
+
+    def step(self, tokens, states):
+        """One token of each text: (b,), and the states so far -> logits (b, vocabulary), states."""
+        x, new = self.embedding(tokens), []                                    # (b, d_model)
+        for layer, state in zip(self.layers, states, strict=True):
+            x, state = layer.step(x, state)
             new.append(state)
         return F.linear(self.norm_f(x), self.embedding.weight), new
 
@@ -230,7 +274,8 @@ def load_official(state_dict):
         raise ValueError("lm_head.weight differs from the embedding; here the head is tied to it")
     layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
     vocabulary, d_model = embedding.shape
-    model = MambaLM(vocabulary, d_model, layers, n, d // d_model, dt_rank, d_conv)
+    model = MambaLM(vocabulary, d_model, layers, n=n, expand=d // d_model, dt_rank=dt_rank,
+                    d_conv=d_conv)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -257,102 +302,19 @@ def official_state_dict(model, style="transformers"):
 # --------------------------------------------------------------------------------------------------
 # Generation: one token at a time, from the states.
 
-@script
-def draw(logits: Tensor, noise: Tensor, top_k: int) -> Tensor:
-    """A token, (1,), from logits (1, vocabulary): the largest of logits + noise, of the top k.
+def sample(logits, temperature, top_k, generator):
+    """Draw a token from each row of logits (b, vocabulary), of the top_k likeliest: -> (b,) int64.
 
-    With noise from `gumbel` that is a draw from softmax(logits / temperature).
+    The Gumbel-max trick: add noise -log(e), with e from the exponential distribution, to the logits
+    over the temperature. The largest sum is then at token i with probability softmax(logits /
+    temperature)_i. Here all is times the temperature: so a temperature of 0 needs no case of its
+    own, and takes the likeliest token.
     """
-    if top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, -1:], float("-inf"))
-    return (logits + noise).argmax(1)
-
-
-def gumbel(count, logits, temperature, generator):
-    """temperature · Gumbel noise, (count, 1, vocabulary): minus the log of exponential noise."""
-    noise = torch.empty(count, *logits.shape).exponential_(generator=generator)
-    return (-temperature * noise.log()).to(logits)
-
-
-@torch.inference_mode()
-def generate_plainly(model, prompt, count, *, temperature=1.0, top_k=None, seed=0):
-    """As `generate`, by `MambaLM.forward` alone: the same text but for rounding, not as fast."""
-    generator, tokens, states = torch.Generator().manual_seed(seed), prompt.unsqueeze(0), None
-    for _ in range(count):
-        logits, states = model(tokens, states)                                 # (1, l, vocabulary)
-        logits = logits[:, -1]
-        tokens = draw(logits, gumbel(1, logits, temperature, generator)[0],
-                      top_k or logits.shape[1]).unsqueeze(0)       # (1, 1): one by one from now on
-        yield tokens.item()
-
-
-# The fast way: skip this on a first reading. For a model this small `MambaLM.forward` spends most
-# of a token's time on calls that have next to nothing to compute. So the equations are written out
-# once more, for one token of one text, in TorchScript, CHUNK tokens per call.
-
-CHUNK = 16           # few enough that the text still seems to appear token by token
-
-
-@script
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm and the linear map after it: the norm's weight is already in `weight`."""
-    return torch.mm(x, weight).mul_(x.square().mean().add_(eps).rsqrt_())
-
-
-@script
-def _step(token: int, embedding: Tensor, head: Tensor, layers: List[List[Tensor]],
-          states: List[List[Tensor]], eps: float) -> Tensor:
-    """One token -> logits (1, vocabulary). Updates windows and h of the states in place."""
-    stream = embedding[token:token + 1]                                        # (1, d_model)
-    for weights, state in zip(layers, states):
-        in_proj, kernel, bias, x_proj, dt_proj, dt_bias, A, D, out_proj = weights
-        window, h = state                                                      # (w, d), (n, d)
-        a, z = _normed(stream, in_proj, eps).chunk(2, 1)                       # (1, d) each
-        window.copy_(torch.cat([window[1:], a]))
-        x = F.silu((window * kernel).sum(0, keepdim=True).add_(bias))          # (1, d)
-        dt, B, C = torch.mm(x, x_proj).split([dt_proj.shape[0], h.shape[0], h.shape[0]], 1)
-        delta = F.softplus(torch.addmm(dt_bias, dt, dt_proj))                  # (1, d)
-        # h_t = exp(Δ_t A) h_{t-1} + B_t (Δ_t x_t),  y_t = C_t h_t + D x_t
-        h.mul_((delta * A).exp2_()).addcmul_(B.t(), delta * x)
-        y = torch.mm(C, h).addcmul_(D, x).mul_(F.silu(z))                      # (1, d)
-        stream = torch.addmm(stream, y, out_proj)                              # (1, d_model)
-    return _normed(stream, head, eps)
-
-
-@script
-def _write(logits: Tensor, noise: Tensor, top_k: int, embedding: Tensor, head: Tensor,
-           layers: List[List[Tensor]], states: List[List[Tensor]], eps: float
-           ) -> Tuple[List[int], Tensor]:
-    """A token for each row of noise, (count, 1, vocabulary): -> tokens, and the next logits."""
-    tokens: List[int] = []
-    for row in noise.unbind(0):
-        token = int(draw(logits, row, top_k))
-        logits = _step(token, embedding, head, layers, states, eps)
-        tokens.append(token)
-    return tokens, logits
-
-
-def _lay_out(model, states):
-    """Weights and states of one text as `_step` takes them: transposed, in float32 at least."""
-    def cast(tensor):
-        return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-    def columns(tensor):
-        return cast(tensor).t().contiguous()
-
-    layers = []
-    for layer in model.layers:
-        mixer, conv1d, s6 = layer.mixer, layer.mixer.path.conv1d, layer.mixer.path.s6
-        A = -torch.exp(cast(s6.A_log)) / math.log(2)               # exp(A) is exp2 of this, faster
-        layers.append([columns(mixer.in_proj.weight * layer.norm.weight),
-                       columns(conv1d.weight[:, 0]), cast(conv1d.bias), columns(s6.x_proj.weight),
-                       columns(s6.dt_proj.weight), cast(s6.dt_proj.bias), columns(A), cast(s6.D),
-                       columns(mixer.out_proj.weight)])
-    # A window of w tokens: the oldest is pushed out as a new one comes in.
-    states = [[F.pad(cast(state.window[0]), (0, 0, 1, 0)), columns(state.h[0]).clone()]
-              for state in states]
-    embedding = cast(model.embedding.weight)
-    return embedding, columns(embedding * model.norm_f.weight), layers, states, model.norm_f.eps
+    if top_k is not None and top_k < logits.shape[1]:
+        lowest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -math.inf)
+    noise = torch.empty(logits.shape).exponential_(generator=generator).log()
+    return (logits - temperature * noise.to(logits)).argmax(1)
 
 
 @torch.inference_mode()
@@ -361,24 +323,36 @@ def generate(model, prompt, count, *, temperature=1.0, top_k=None, seed=0):
 
     model          a MambaLM
     prompt         (l,) int64, l ≥ 1
+    count          ≥ 0
     temperature    ≥ 0: logits are divided by it; 0 always takes the most likely token
     top_k          draw among so many of the most likely tokens only, ≥ 1; None: among all
     seed           the same seed writes the same text
     Raises ValueError for a value outside these ranges, when the first token is asked for.
     """
-    if prompt.ndim != 1 or len(prompt) == 0:
-        raise ValueError(f"generate: prompt must have shape (l,), l ≥ 1, got {tuple(prompt.shape)}")
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(f"generate: temperature must be ≥ 0 and top_k ≥ 1, got {temperature} and "
-                         f"{top_k}")
+    _check_generate(model, prompt, count, temperature, top_k)
     generator = torch.Generator().manual_seed(seed)
-    logits, states = model(prompt.unsqueeze(0))
-    laid_out = _lay_out(model, states)
-    logits = logits[:, -1].to(laid_out[0].dtype)
-    for start in range(0, count, CHUNK):
-        noise = gumbel(min(CHUNK, count - start), logits, temperature, generator)
-        tokens, logits = _write(logits, noise, top_k or logits.shape[1], *laid_out)
-        yield from tokens
+    logits, states = model(prompt.unsqueeze(0))                                # (1, l, vocabulary)
+    logits = logits[:, -1]
+    for i in range(count):
+        token = sample(logits, temperature, top_k, generator)                  # (1,)
+        yield token.item()
+        if i + 1 < count:
+            logits, states = model.step(token, states)                         # (1, vocabulary)
+
+
+def _check_generate(model, prompt, count, temperature, top_k):
+    if not isinstance(prompt, torch.Tensor) or prompt.ndim != 1 or len(prompt) == 0:
+        got = tuple(prompt.shape) if isinstance(prompt, torch.Tensor) else type(prompt).__name__
+        raise ValueError(f"generate: prompt must be a tensor of shape (l,), l ≥ 1, got {got}")
+    vocabulary = model.embedding.num_embeddings
+    if prompt.min() < 0 or prompt.max() >= vocabulary:
+        raise ValueError(f"generate: the tokens of prompt must be from 0 to {vocabulary - 1}")
+    if count < 0:
+        raise ValueError(f"generate: count must be ≥ 0, got {count}")
+    if not 0 <= temperature < math.inf:              # NaN fails this, too
+        raise ValueError(f"generate: temperature must be ≥ 0 and finite, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k must be ≥ 1, got {top_k}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -408,104 +382,106 @@ def parameter_groups(model, weight_decay):
             {"params": spared, "weight_decay": 0.0}]
 
 
+def graphed(model, *inputs):
+    """For a GPU: the model, with its forward and its backward pass recorded as CUDA graphs.
+
+    A small model is hundreds of small kernels, and the GPU mostly waits until Python has launched
+    the next one. A CUDA graph launches all of them in one call: a step of train_mnist.py takes 5 ms
+    in place of 26 (H200), and computes the same.
+
+    inputs   what the model will be called with: tensors, or lists and tuples of them. The shapes
+             of every later call must be the same, and so must everything that depends on Python: a
+             loop over time is recorded with its length. In mode eval() the model runs as before.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")      # two of them, about streams and the first use of cuBLAS
+        return torch.cuda.make_graphed_callables(model, inputs)
+
+
 # --------------------------------------------------------------------------------------------------
-# `python block.py`: one training step, and generation, beside other libraries: five minutes.
+# `python block.py`: one training step beside other libraries, each in the ways that it documents.
 #
 # `pip install transformers mambapy`, or one of them: what is not installed is left out. All have
-# the same weights, so their losses must agree, and so must what they write. Without CUDA,
-# transformers runs a loop over time in PyTorch, and mambapy a parallel scan.
+# the same weights, so their losses must agree. Without CUDA, transformers runs a loop over time in
+# PyTorch; `use_mambapy` gives it the parallel scan of mambapy, and `use_associative_scan` that of
+# PyTorch, which works under torch.compile alone.
 
 def peers(model):
-    """-> {library: (the model in it, tokens -> logits, (prompt, count) -> tokens it writes)}."""
+    """Yields (library, its module, tokens -> logits), each with the weights of a MambaLM."""
     vocabulary, d_model = model.embedding.weight.shape
-    def greedy(way):                     # temperature 0: always the most likely token
-        return lambda prompt, count: list(way(model, prompt, count, temperature=0))
-
-    ways = {"this project": (model, lambda tokens: model(tokens)[0], greedy(generate)),
-            "its plain loop": (model, lambda tokens: model(tokens)[0], greedy(generate_plainly))}
+    sizes = dict(vocab_size=vocabulary, hidden_size=d_model, num_hidden_layers=len(model.layers))
+    yield "this project", model, lambda tokens: model(tokens)[0]
     try:
         from transformers import MambaConfig, MambaForCausalLM
-        hf = MambaForCausalLM(MambaConfig(vocab_size=vocabulary, hidden_size=d_model,
-                                          num_hidden_layers=len(model.layers)))
-        hf.load_state_dict(official_state_dict(model))
-        ways["transformers"] = hf, lambda tokens: hf(tokens).logits, lambda prompt, count: (
-            hf.generate(prompt[None], do_sample=False, min_new_tokens=count, max_new_tokens=count)
-            [0, len(prompt):].tolist())
+        for flags in ({}, {"use_mambapy": True}, {"use_associative_scan": True}):
+            theirs = MambaForCausalLM(MambaConfig(**sizes, **flags))
+            theirs.load_state_dict(official_state_dict(model))
+            name = " ".join(["transformers", *flags])
+            if "use_associative_scan" in flags:
+                name += ", compiled"
+                for layer in theirs.backbone.layers:
+                    layer.compile()
+            yield name, theirs, lambda tokens: theirs(tokens).logits
     except ImportError as error:
         print(f"without transformers: {error}")
     try:       # its language model imports CUDA packages: so its core, with our embedding and head
-        from mambapy.mamba import Mamba as Core, MambaConfig
-        core = Core(MambaConfig(d_model=d_model, n_layers=len(model.layers)))
-        weights = official_state_dict(model, "mamba_ssm").items()
-        core.load_state_dict({name.removeprefix("backbone."): weight for name, weight in weights
-                              if ".layers." in name})
-        ends = copy.deepcopy(nn.ModuleDict({"embedding": model.embedding, "norm": model.norm_f}))
-
-        def head(x):
-            return F.linear(ends["norm"](x), ends["embedding"].weight)
-
-        @torch.no_grad()
-        def write(prompt, count):        # the most likely token each time, by mambapy's own step
-            caches = [(None, torch.zeros(1, 2 * d_model, 3)) for _ in model.layers]
-            text = prompt.tolist()
-            for i in range(len(prompt) + count - 1):
-                x, caches = core.step(ends["embedding"](torch.tensor(text[i:i + 1])), caches)
-                if i + 1 >= len(prompt):
-                    text.append(head(x).argmax().item())
-            return text[len(prompt):]
-
-        ways["mambapy"] = (nn.ModuleList([core, ends]),
-                           lambda tokens: head(core(ends["embedding"](tokens))), write)
+        from mambapy.mamba import Mamba as Core, MambaConfig as CoreConfig
+        core = Core(CoreConfig(d_model=d_model, n_layers=len(model.layers)))
+        weights = official_state_dict(model, "mamba_ssm")
+        core.load_state_dict({name.removeprefix("backbone."): weight
+                              for name, weight in weights.items() if ".layers." in name})
+        embedding, norm = copy.deepcopy(model.embedding), copy.deepcopy(model.norm_f)
+        yield "mambapy", nn.ModuleList([core, embedding, norm]), lambda tokens: F.linear(
+            norm(core(embedding(tokens))), embedding.weight)
     except ImportError as error:
         print(f"without mambapy: {error}")
-    return ways
+
+
+def time_steps(module, logits, tokens, count=3):
+    """Training steps (forward, backward, AdamW), one to warm up and then count of them.
+
+    -> seconds of the first, seconds of the fastest of the others, loss. The rate is 0, so that
+    the loss stays that of the weights given.
+    """
+    optimizer, seconds = torch.optim.AdamW(module.parameters(), lr=0.0), []
+    for _ in range(1 + count):
+        start = time.perf_counter()
+        loss = F.cross_entropy(logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+    return seconds[0], min(seconds[1:]), loss.item()
+
+
+SIZES = {  # vocabulary, d_model, layers; sequences and length of a batch
+    "small": (65, 128, 4, (32, 128)),
+    "mamba-130m": (50280, 768, 24, (1, 256)),
+}
 
 
 def main():
-    """One thread, two sizes, one run: a table, and results/peers.csv.
-
-    step_seconds          a training step: forward, backward and AdamW; the fastest of up to three
-    tokens_per_second     of one text, 1,000 tokens (of the large model 64) after a prompt of 16,
-                          always the most likely one
-    """
+    """One thread, two sizes, one run: a table, and results/peers.csv."""
+    if sys.argv[1:]:         # --help, or anything else
+        print(__doc__)
+        return
     torch.set_num_threads(1)
+    os.makedirs("results", exist_ok=True)
     rows = []
-    print(f"{'size':12s}{'library':16s}{'step, s':>10s}{'loss':>10s}{'tokens/s':>10s}  same text")
-    for size, vocabulary, d_model, layers, shape, count in (
-            ("small", 65, 128, 4, (32, 128), 1000), ("mamba-130m", 50280, 768, 24, (1, 256), 64)):
+    print(f"{'size':12s}{'library':44s}{'first step, s':>14s}{'step, s':>10s}{'loss':>10s}")
+    for size, (vocabulary, d_model, layers, (b, l)) in SIZES.items():
         torch.manual_seed(0)
         model = MambaLM(vocabulary, d_model, layers)
-        tokens, text = torch.randint(vocabulary, (shape[0], shape[1] + 1)), None
-        for name, (module, logits, write) in peers(model).items():
-            write(tokens[0, :16], 64)    # scripts compile
-            start = time.perf_counter()
-            written = write(tokens[0, :16], count)
-            speed, text = count / (time.perf_counter() - start), text or written
-            optimizer, seconds = torch.optim.AdamW(module.parameters(), lr=0.0), []
-            while len(seconds) < 3 and sum(seconds) < 10:          # the fastest, if there is time
-                start = time.perf_counter()
-                guess = logits(tokens[:, :-1]).flatten(0, 1)
-                loss = F.cross_entropy(guess, tokens[:, 1:].flatten())
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                seconds.append(time.perf_counter() - start)
-            rows.append({"size": size, "library": name, "batch": shape[0], "length": shape[1],
-                         "step_seconds": f"{min(seconds):.2f}", "loss": f"{loss.item():.4f}",
-                         "tokens_per_second": f"{speed:.0f}", "same_text": written == text,
-                         "threads": 1, "device": f"cpu {platform.machine()}",
-                         "torch": torch.__version__, "command": "python block.py"})
-            print(f"{size:12s}{name:16s}{min(seconds):10.2f}{loss.item():10.4f}{speed:10.0f}  "
-                  f"{written == text}", flush=True)
-    try:
-        os.makedirs("results", exist_ok=True)
-        with open("results/peers.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        sys.exit(f"block.py: cannot write results/ here: {error}")
-    print("wrote results/peers.csv")
+        tokens = torch.randint(vocabulary, (b, l + 1))
+        for name, module, logits in peers(model):
+            first, step, loss = time_steps(module, logits, tokens)
+            print(f"{size:12s}{name:44s}{first:14.2f}{step:10.2f}{loss:10.4f}", flush=True)
+            rows.append({"size": size, "library": name, "batch": b, "length": l,
+                         "first_step_seconds": f"{first:.2f}", "step_seconds": f"{step:.2f}",
+                         "loss": f"{loss:.4f}", "threads": 1,
+                         "device": f"cpu {platform.machine()}", "torch": torch.__version__,
+                         "command": "python block.py"})
+    write_rows("results/peers.csv", rows)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ Structured State Spaces" (S4); Gupta et al. 2022, "Diagonal State Spaces are as 
 Structured State Spaces" (DSS); Gu et al. 2022, "On the Parameterization and Initialization of
 Diagonal State Space Models" (S4D), sections 3 and 4.
 """
-import csv
 import math
 import os
 import platform
@@ -37,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from s6 import check_sequence
+from s6 import check_sequence, write_rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -55,7 +54,7 @@ class RNN(nn.Module):
         self.rnn = nn.RNN(d_model, hidden, layers, batch_first=True)
         for name, weight in self.rnn.named_parameters():
             if name.startswith("weight_hh"):
-                nn.init.orthogonal_(weight)      # keeps the length of h: it fades later
+                nn.init.orthogonal_(weight)      # preserves ‖h‖: early inputs fade more slowly
 
     def forward(self, x):
         """Raises ValueError for another width."""
@@ -315,22 +314,18 @@ def draw_hippo(path, l=1000):
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110, format="png")
+    print(f"wrote {path}")
 
 
 def main():
     """figures/hippo.png, and the table of both modes in results/s4_modes.csv."""
-    try:
-        for folder in ("results", "figures"):
-            os.makedirs(folder, exist_ok=True)
-        draw_hippo("figures/hippo.png")
-        rows = compare_modes()
-        with open("results/s4_modes.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        sys.exit(f"rnn.py: cannot write results/ and figures/ here: {error}")
-    print("wrote figures/hippo.png, results/s4_modes.csv")
+    if sys.argv[1:]:         # --help, or anything else
+        print(__doc__)
+        return
+    for folder in ("results", "figures"):
+        os.makedirs(folder, exist_ok=True)
+    draw_hippo("figures/hippo.png")
+    write_rows("results/s4_modes.csv", compare_modes())
 
 
 if __name__ == "__main__":

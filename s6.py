@@ -59,7 +59,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,11 +109,18 @@ class S6(nn.Module):
     n         states per channel
     dt_rank   Δ is made through a bottleneck this narrow, since a full matrix would cost d²
               parameters; default ⌈d/32⌉, the authors' ⌈d_model/16⌉ for a block twice as wide inside
+    discretization    "euler", as Mamba has it, or "zoh": see `selective_scan`
+    Raises ValueError for another discretization.
     """
 
-    def __init__(self, d, n=16, dt_rank=None):
+    def __init__(self, d, n=16, dt_rank=None, discretization="euler"):
         super().__init__()
-        self.n, self.dt_rank = n, dt_rank or math.ceil(d / 32)
+        if discretization not in DISCRETIZATIONS:
+            raise ValueError(f"discretization must be one of {DISCRETIZATIONS}, got "
+                             f"{discretization!r}")
+        self.n = n
+        self.dt_rank = dt_rank or math.ceil(d / 32)
+        self.discretization = discretization
         self.x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d)
         # For x = 0, Δ = softplus(bias): at first between 0.001 and 0.1, log-uniform over the
@@ -139,15 +145,33 @@ class S6(nn.Module):
         if mask is not None:
             padding = (mask == 0).unsqueeze(-1)
             x = x.masked_fill(padding, 0)          # whatever stands there, even if it is no number
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)    # B, C: (b, l, n)
+        delta, A, B, C = self.select(x)
+        if mask is not None:
+            delta = delta.masked_fill(padding, 0)
+        return selective_scan(x, delta, A, B, C, self.D, h0, method=method,
+                              discretization=self.discretization, return_state=True)
+
+    def select(self, x):
+        """x (b, l, d) -> Δ (b, l, d), A (d, n), B and C (b, l, n): what the scan needs besides x."""
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)
         # Under autocast the maps give bfloat16. Δ is made in float32 from there on: the decays
         # exp(ΔA) of many tokens multiply up, and so would their rounding.
         dt = self.dt_proj(dt)
-        delta = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))        # (b, l, d)
-        if mask is not None:
-            delta = delta.masked_fill(padding, 0)
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        return selective_scan(x, delta, A, B, C, self.D, h0, method=method, return_state=True)
+        delta = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))
+        A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))
+        return delta, -torch.exp(A_log), B, C
+
+    def step(self, x, h):
+        """The same for one token: x (b, d), h (b, d, n) -> y (b, d), and the next h."""
+        delta, A, B, C = self.select(x)                              # B, C: (b, n)
+        delta_A = delta.unsqueeze(-1) * A                            # (b, d, n)
+        if self.discretization == "zoh":
+            u = torch.expm1(delta_A) / A * x.unsqueeze(-1)           # (b, d, n)
+        else:
+            u = (delta * x).unsqueeze(-1)                            # (b, d, 1)
+        h = torch.exp(delta_A) * h + u * B.unsqueeze(1)              # (b, d, n)
+        y = (h * C.unsqueeze(1)).sum(-1)                             # (b, d)
+        return (y + self.D * x).to(x.dtype), h
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,6 +218,7 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
 
 
 NARROW = 2 ** 14     # numbers per time step; with fewer, a CPU mostly waits for call overhead
+WIDE = 2 ** 23       # numbers per launch; with more, a GPU hardly waits for launches any more
 
 
 def _pieces(x, n, method):
@@ -211,17 +236,20 @@ def _pieces(x, n, method):
         # two pieces. 6 and not 8: with a power of two, pieces often lie a power of two apart in
         # memory, and compete for the same lines of the cache.
         return max(min(2, l), min(6 * NARROW // width, l // 16))
-    return _short_pieces(l)
+    return _short_pieces(l, width)
 
 
-def _short_pieces(l):
-    """For a GPU, where a call is a launch of about 5 µs, however wide: pieces of log₂ l tokens.
+def _short_pieces(l, width):
+    """For a GPU, where a call is a launch of 5 to 10 µs, however narrow: pieces of log₂ l tokens.
 
     The time of a small scan is that of its launches: about 27 for each token of a piece, 8 for each
-    of the log₂ k rounds that join the pieces, and 40 besides. Short pieces keep them few: `python
-    s6.py` counts them.
+    of the log₂ k rounds that join the pieces, and 40 besides. Short pieces keep them few: forward
+    and backward take 252 for 49 tokens, and 595 for 65,536. In a large scan the launches do not
+    matter. There the pieces are longer, so that fewer states are kept: no more of them than make a
+    launch work on 2^23 numbers. (Measured on an H200: results/scan_gpu.csv.)
     """
-    return -(-l // max(8, l.bit_length()))
+    shortest = max(8, l.bit_length())
+    return min(-(-l // shortest), max(1, WIDE // width))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -594,32 +622,13 @@ def _measure(way, inputs):
     return best, sum(kept.values()), y.detach()
 
 
-class Calls(TorchDispatchMode):
-    """Counts the operations that PyTorch runs in here, but for views and new empty tensors."""
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        alias = [r.alias_info for r in function._schema.returns if r.alias_info is not None]
-        is_view = any(not a.is_write for a in alias)       # an in-place operation writes
-        self.count += not is_view and "empty" not in function.name()
-        return function(*args, **(kwargs or {}))
-
-
-def count_calls(l, k):
-    """Calls of one scan in k pieces, b = 1, d = 8, n = 16: forward; forward and backward."""
-    x, delta, A, B, C, _ = _random_inputs(1, l, 8, 16)
-    with Calls() as calls:
-        y, _ = _Scan.apply(x, delta, A.t(), B, C, x.new_zeros(1, 16, 8), k, False)
-        forward = calls.count
-        torch.autograd.grad(y, (x, delta, A, B, C), y)
-    return forward, calls.count
-
-
 def main():
-    """Time, memory and error over length: a table, results/scan_scaling.csv, and the figure.
-
-    Then the calls that a GPU would have to launch, at about 5 µs each: why there are pieces.
-    """
+    """Time, memory and error over length: a table, results/scan_scaling.csv, and the figure."""
+    if sys.argv[1:]:         # --help, or anything else
+        print(__doc__)
+        return
+    for folder in ("results", "figures"):
+        os.makedirs(folder, exist_ok=True)
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {platform.machine()}, {threads} threads; "
           f"b = 1, d = 128, n = 16; forward and backward\n")
@@ -641,22 +650,19 @@ def main():
             rows.append({"way": name, "length": l, "milliseconds": ms, "megabytes_kept": megabytes,
                          "error": error, "threads": threads, "device": f"cpu {platform.machine()}",
                          "torch": torch.__version__, "command": "python s6.py"})
-    print("\nerror: of y, largest over largest value, against the definition in float64\n\n"
-          f"{'calls, forward (and backward)':32s}{'sequential':>20s}{'cut as on a GPU':>20s}")
-    for l in (49, 784, 2048, 16384, 65536):
-        ways = ["{} ({})".format(*count_calls(l, k)) for k in (1, _short_pieces(l))]
-        print(f"length {l:<25d}{ways[0]:>20s}{ways[1]:>20s}")
-    try:
-        for folder in ("results", "figures"):
-            os.makedirs(folder, exist_ok=True)
-        with open("results/scan_scaling.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        _draw("figures/scan_scaling.png", rows)
-    except OSError as error:
-        sys.exit(f"s6.py: cannot write results/ and figures/ here: {error}")
-    print("wrote results/scan_scaling.csv, figures/scan_scaling.png")
+    print("\nerror: of y, largest over largest value, against the definition in float64")
+    write_rows("results/scan_scaling.csv", rows)
+    _draw("figures/scan_scaling.png", rows)
+
+
+def write_rows(path, rows):
+    """Dictionaries with the same keys -> a CSV file, which appears whole or not at all."""
+    with open(path + ".part", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path + ".part", path)
+    print(f"wrote {path}")
 
 
 def _draw(path, rows):
@@ -673,6 +679,7 @@ def _draw(path, rows):
         ax.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120, format="png")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

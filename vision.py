@@ -1,6 +1,6 @@
-"""vision.py: an image has no first pixel: read it from both ends.
+"""vision.py: images as sequences of patches, scanned one way or both.
 
-Vision Mamba: an image as a sequence of patches, scanned forward and backward.
+Vision Mamba scans an image forward and backward, and fuses what the two scans say:
 
     tokens = stem(image) + position               28×28 pixels -> 7×7 = 49 tokens, row by row
     y      = fuse(S6→(tokens), S6←(tokens))       one scan from the first patch, one from the last
@@ -29,7 +29,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from block import ConvS6, RMSNorm, scale_residuals
-from rnn import S4Block
 from s6 import check_sequence
 
 DIRECTIONS, FUSIONS = ("bidirectional", "causal", "forward"), ("average", "concat")
@@ -125,17 +124,19 @@ class VisionBlock(nn.Module):
 
     direction   "bidirectional", "causal" (both paths forward), "forward" (one path: a MambaBlock)
     fuse        the two paths by "average" or "concat"
+    settings    of ConvS6 and of S6: d_conv, dt_rank, discretization
     """
 
-    def __init__(self, d_model, n=16, expand=2, direction="bidirectional", fuse="average"):
+    def __init__(self, d_model, n=16, expand=2, direction="bidirectional", fuse="average",
+                 **settings):
         super().__init__()
         self.direction = _choose("direction", direction, DIRECTIONS)
         self.fuse = _choose("fuse", fuse, FUSIONS)
         d = expand * d_model
         self.norm = RMSNorm(d_model)
         self.in_proj = nn.Linear(d_model, 2 * d, bias=False)
-        self.first = ConvS6(d, n)
-        self.second = None if direction == "forward" else ConvS6(d, n)
+        self.first = ConvS6(d, n, **settings)
+        self.second = None if direction == "forward" else ConvS6(d, n, **settings)
         width = 2 * d if self.second and fuse == "concat" else d
         self.out_proj = nn.Linear(width, d_model, bias=False)
 
@@ -212,8 +213,9 @@ class VisionMamba(ImageClassifier):
     """An ImageClassifier whose body is a stack of VisionBlocks; `frame` goes to ImageClassifier."""
 
     def __init__(self, d_model=64, layers=2, n=16, direction="bidirectional", fuse="average",
-                 **frame):
-        blocks = [VisionBlock(d_model, n, direction=direction, fuse=fuse) for _ in range(layers)]
+                 discretization="euler", **frame):
+        blocks = [VisionBlock(d_model, n, direction=direction, fuse=fuse,
+                              discretization=discretization) for _ in range(layers)]
         scale_residuals(blocks)
         super().__init__(nn.Sequential(*blocks), d_model, d_model, **frame)
 
@@ -228,7 +230,7 @@ BEGIN = GREYS        # the token before the first pixel
 class PixelLM(nn.Module):
     """Tokens (b, l) int64, BEGIN and then pixels -> logits (b, l, 256) for the pixel after each.
 
-    blocks      MambaBlocks, or the S4Blocks of rnn.py: what returns (y, state)
+    blocks      MambaBlocks, or the S4Blocks of rnn.py: block(x, state, return_state=…) -> y, state
     d_model     their width
     image_size  (height, width)
 
@@ -254,7 +256,7 @@ class PixelLM(nn.Module):
     def read(self, tokens, states=None, *, return_state=True):
         """The same, and what to go on from: how many tokens were read, and the blocks' states.
 
-        return_state    False: S4Blocks, which would have to compute it apart, give None as state
+        return_state    False: for S4Blocks, which compute it apart: they give None as state
         Raises ValueError for another shape, and for more tokens than the image has pixels.
         """
         if tokens.ndim != 2:
@@ -267,8 +269,7 @@ class PixelLM(nn.Module):
         position = along_axes(self.position, height, width)[place:place + l]   # (l, d_model)
         x, new = self.embedding(tokens) + position, []                         # (b, l, d_model)
         for block, state in zip(self.blocks, states, strict=True):
-            how = {"return_state": return_state} if isinstance(block, S4Block) else {}
-            x, state = block(x, state, **how)
+            x, state = block(x, state, return_state=return_state)
             new.append(state)
         return self.head(self.norm(x)), (place + l, new)
 
