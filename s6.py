@@ -43,7 +43,7 @@ The glossary. The other files use the same names; the examples are those of trai
     A_bar Ā   (b, d, n)   exp(Δ_t A), in (0, 1]: the part of a state that stays   exp(-0.01) = 0.99
     B_bar B̄   (b, d, n)   how much of x_t is written to each number of the state  0.01 B
     u         (b, l, d)   what B_t spreads over the state: Δ_t x_t (zoh: x_t)
-    g         (b, d, n)   gradient of the loss with respect to h_t
+    ∂v        as v        gradient of the loss with respect to v, in code grad_v; g is ∂h_t
 """
 # No `from __future__ import annotations` here: TorchScript reads the annotations of this file.
 import csv
@@ -62,17 +62,32 @@ from torch import Tensor
 
 
 # --------------------------------------------------------------------------------------------------
-# The definition: slow, obvious, and differentiable by autograd.
+# The definition: slow, obvious, and differentiable by autograd. First, where it comes from.
+#
+# A state space model is a differential equation. For one number h of a state, and an input x that
+# both change with time:
+#
+#     h' = A h + B x                    A < 0: without an input, h fades
+#
+# Tokens come one after the other. So let token t last for a time Δ, and let x keep the value x_t
+# all that time (zero-order hold). Then h rests where h' = 0, at h* = -B x_t / A. The distance from
+# there obeys (h - h*)' = A (h - h*), so in the time Δ it fades by the factor exp(ΔA):
+#
+#     h_t - h* = exp(ΔA) (h_{t-1} - h*)
+#     h_t      = exp(ΔA) h_{t-1} + (exp(ΔA) - 1)/A · B x_t         =: Ā h_{t-1} + B̄ x_t
+#
+# That is exact. For a small step exp(ΔA) - 1 is about ΔA, and so B̄ is about ΔB: Euler's rule, and
+# what Mamba computes. Ā stays exact: Euler's 1 + ΔA would leave (0, 1] where Δ is large, and the
+# state would grow without bound. Selection is one more step: each token has a Δ, B and C of its own.
 
 def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
     """The equation, one token after the other: -> y (b, l, d), last state (b, d, n).
 
     Shapes and ranges as in the glossary. Kept so simple that reading it is enough to check it.
-    "zoh" (zero-order hold) takes x as constant during a step and solves h' = A h + B x exactly
-    (equation 4 of the paper): Ā = exp(ΔA), B̄ = ((exp(ΔA) - 1)/A) B. "euler" is what Mamba
-    computes, in training and in use: the same Ā, but B̄ = ΔB, the first term of that. (The paper
-    states ZOH alone.) The relative error of this B̄ is about |ΔA|/2 while |ΔA| is small; at
-    A = -16, Δ = 0.1 it is too large by a factor of 2.
+    "zoh" (equation 4 of the paper) is exact while x is held: B̄ = ((exp(ΔA) - 1)/A) B. "euler" is
+    what Mamba computes, in training and in use: B̄ = ΔB. (The paper states ZOH alone.) The relative
+    error of this B̄ is about |ΔA|/2 while |ΔA| is small; at A = -16, Δ = 0.1 it is too large by a
+    factor of 2.
     """
     h = x.new_zeros(x.shape[0], *A.shape) if h0 is None else h0                # (b, d, n)
     ys = []
@@ -95,6 +110,14 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
 #     y_t = Σ_{s ≤ t} C_t (Π_{r = s+1 … t} Ā_r) B̄_s x_s
 # With Δ, B, C the same at every token, the factor before x_s is C Ā^(t-s) B̄. It depends on t - s
 # alone, so y is a convolution: that is S4 (rnn.py). With selection it depends on t and on s.
+#
+# The same sum is attention without a softmax: C_t is the query, B_s the key, x_s the value, and the
+# product of decays a mask that fades with distance. test_scan.py builds that matrix, (l, l), and
+# multiplies by it. The scan gives the same y and never builds it. (Mamba-2 starts from this view.)
+#
+# What such a state cannot do: a factor Ā in (0, 1] never changes a sign. So a layer of it cannot
+# follow the parity of a long row of bits, which flips at every 1 (Grazzi et al. 2024, "Unlocking
+# State-Tracking in Linear RNNs Through Negative Eigenvalues").
 #
 # Why Δ is called a gate (theorem 1). Let n = 1, A = -1, B = 1, Δ = softplus(z) = ln(1 + exp(z)).
 # Under zero-order hold Ā = exp(-Δ) = 1 - σ(z) and B̄ = 1 - Ā = σ(z), where σ is the sigmoid:
@@ -144,7 +167,7 @@ class S6(nn.Module):
         check_sequence(self, x, len(self.D), mask)
         if mask is not None:
             padding = (mask == 0).unsqueeze(-1)
-            x = x.masked_fill(padding, 0)          # whatever stands there, even if it is no number
+            x = x.masked_fill(padding, 0)          # padding may hold anything, even NaN
         delta, A, B, C = self.select(x)
         if mask is not None:
             delta = delta.masked_fill(padding, 0)
@@ -267,6 +290,25 @@ def _short_pieces(l, width):
 #   - only every `keep`-th state survives the forward loop. The backward loop computes those between
 #     and their Ā again, a chunk at a time. With keep ≈ √l that is √l states to keep and 2√l to hold
 #     for a while instead of l, for one more forward pass.
+#
+# The gradient, for one number of the state. Let ∂v be the derivative of the loss with respect to v,
+# for any v. One step of the recurrence is
+#
+#     h_t = Ā_t h_{t-1} + B_t u_t        y_t = C_t h_t        Ā_t = exp(Δ_t A), u_t = Δ_t x_t
+#
+# h_t acts on the loss in two ways, through y_t and through h_{t+1}. The chain rule adds the two:
+#
+#     ∂h_t = C_t ∂y_t + Ā_{t+1} ∂h_{t+1}
+#
+# This is the recurrence again: it runs from the end, with C in the place of B. All else follows
+# from ∂h_t. In a product, the derivative with respect to one factor is ∂h_t times the others:
+#
+#     ∂u_t = ∂h_t B_t        ∂B_t = ∂h_t u_t        ∂C_t = ∂y_t h_t        ∂Ā_t = ∂h_t h_{t-1}
+#
+# The derivative of exp(Δ_t A) with respect to Δ_t A is Ā_t, so ∂(Δ_t A) = Ā_t ∂h_t h_{t-1} =: q_t.
+# Hence ∂Δ_t = q_t A, and ∂A is the sum of q_t Δ_t over t. With many channels and numbers, ∂u_t and
+# ∂Δ_t are summed over the n numbers that share them, ∂B_t and ∂C_t over the d channels, and ∂A over
+# the sequences.
 
 def script(function):
     """Compile with TorchScript, or return the function as it is where TorchScript does not work.
@@ -318,11 +360,11 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Optional[Tensor]
 @script
 def _hold_backward(A_bar: Tensor, h: Tensor, g: Tensor, x: Tensor, B: Tensor, A: Tensor,
                    grad_A: Tensor) -> Tensor:
-    """What zero-order hold adds to a step of `_backward`: -> the gradient of B_t x_t, (b, n, d).
+    """What zero-order hold adds to a step of `_backward`: -> ∂(B_t x_t), (b, n, d).
 
-    h_t = Ā h_{t-1} + (Ā - 1) w with w = B_t x_t / A. So the gradient of B_t x_t is (Ā - 1) g / A,
-    and A gets a term for dividing there. Ā multiplies h_{t-1} + w, which is left in h; and Ā, which
-    came as Ā - 1, is left in A_bar. What remains to be done is as in Euler's step.
+    h_t = Ā h_{t-1} + (Ā - 1) w, with w = B_t x_t / A. So ∂(B_t x_t) = (Ā - 1) ∂h_t / A, and ∂A gets
+    a term, since w is divided by A. Ā multiplies h_{t-1} + w here, so that is what h holds in the
+    end; and A_bar, which came as Ā - 1, holds Ā. From there on `_backward` goes on as for Euler.
     """
     w = B * x / A
     r = A_bar * g / A
@@ -338,10 +380,8 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
               ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The adjoint of `_forward`: -> gradients of u, Δ (through Ā alone), A, B, C, and first state.
 
-    grad_y (b, l, d) is ȳ; g (b, n, d) is the gradient of the last state. With Ā_t = exp(Δ_t A),
-        g_t       = C_t ȳ_t + Ā_{t+1} g_{t+1}     the recurrence again, from the end, C in B's place
-        ∂u_t      = Σ_n g_t B_t                   ∂B_t = Σ_d g_t u_t             ∂C_t = Σ_d h_t ȳ_t
-        ∂(Δ_t A)  = Ā_t g_t h_{t-1} =: q          ∂Δ_t = Σ_n q A                 ∂A  += q Δ_t
+    grad_y (b, l, d) is ∂y; g (b, n, d) comes as the gradient of the last state, and becomes ∂h_t:
+        ∂h_t = C_t ∂y_t + Ā_{t+1} ∂h_{t+1}        q_t = Ā_t ∂h_t h_{t-1}
     """
     b, l, d = u.shape
     n = A.shape[0]
@@ -379,7 +419,7 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
             torch.bmm(grad_y_t[t], h_rows[i + 1], out=grad_C_t[t])             # ∂C_t   (b, 1, n)
         for t in range(stop - 1, start - 1, -1):                               # and back
             i = t - start
-            g.addcmul_(C_t[t], grad_y_t[t])                                    # g_t    (b, n, d)
+            g.addcmul_(C_t[t], grad_y_t[t])                                    # ∂h_t   (b, n, d)
             if zoh:
                 r = _hold_backward(A_bars[i], h[i], g, u_t[t], B_t[t], A, grad_A)
                 torch.bmm(u_t[t], r.transpose(1, 2), out=grad_B_t[t])
@@ -387,7 +427,7 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
             else:
                 torch.bmm(u_t[t], g_rows, out=grad_B_t[t])                     # ∂B_t   (b, 1, n)
                 torch.bmm(B_row[t], g, out=grad_u_t[t])                        # ∂u_t   (b, 1, d)
-            q = h[i].mul_(g.mul_(A_bars[i]))             # q = Ā_t g_t h_{t-1}; g becomes Ā_t g_t
+            q = h[i].mul_(g.mul_(A_bars[i]))             # q_t; and g becomes Ā_t ∂h_t
             grad_A.addcmul_(q, delta_t[t])
             torch.bmm(ones, q.mul_(A), out=grad_delta_t[t])                    # ∂Δ_t   (b, 1, d)
     return (grad_u.squeeze(2).transpose(0, 1), grad_delta.squeeze(2).transpose(0, 1),
@@ -516,7 +556,7 @@ def _send_back(grad_y: Tensor, delta: Tensor, A: Tensor, C: Tensor) -> Tensor:
     g = torch.zeros([b, A.shape[0], d], dtype=A.dtype, device=A.device)
     C_t, grad_y_t, delta_t = C.unsqueeze(3).unbind(1), grad_y.split(1, 1), delta.split(1, 1)
     A_2 = A / math.log(2.0)
-    for t in range(l - 1, -1, -1):       # ∂h_{t-1} = Ā_t (∂h_t + C_t ȳ_t)
+    for t in range(l - 1, -1, -1):       # g = Ā_t (g + C_t ∂y_t)
         g.addcmul_(C_t[t], grad_y_t[t]).mul_((delta_t[t] * A_2).exp2_())
     return g
 
