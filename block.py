@@ -63,7 +63,8 @@ from s6 import S6, check_sequence, write_rows
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight, over the last dimension (Zhang & Sennrich 2019).
 
-    Not nn.RMSNorm: under autocast x may be bfloat16, and the weight is cast to that.
+    Not nn.RMSNorm: under autocast x may be bfloat16, and nn.RMSNorm then gives a warning and takes
+    a slower way. Here the weight is cast to x's dtype.
     """
 
     def __init__(self, d_model, eps=1e-5):

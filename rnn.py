@@ -7,8 +7,8 @@ Without tanh a recurrence can be unrolled. For the second line, y_t = D x_t + Σ
 K_k = 2 Re(C Ā^k B̄). So it is a convolution with a kernel K as long as the sequence, and
 the FFT computes it at all tokens at once. That is S4: trained as a convolution, and run as a
 recurrence. What makes its memory long is A: HiPPO gives the one that keeps the past of a signal as
-Legendre coefficients. (What "S4" means in these files is its diagonal form with zero-order hold,
-S4D-LegS: complex numbers in place of S4's full matrix.)
+Legendre coefficients. ("S4" in these files is its diagonal form with zero-order hold, S4D-LegS:
+complex numbers in place of S4's full matrix.)
 
 S6 is the same recurrence again, with Δ, B and C made from x. So it can choose what to remember, and
 is a convolution no longer: that is why s6.py needs a scan.
@@ -109,9 +109,11 @@ def diagonal_hippo(n):
     They come in pairs that are complex conjugates of each other, so one of each pair is enough.
 
     That leaves P Pᵀ out. S4 keeps it, at the price of a Cauchy kernel and the Woodbury identity.
-    DSS found that models without it are as good; S4D gave the reason: with B/2, the response to a
-    given input tends to that of HiPPO as n grows. (The kernels themselves do not: Yu et al. 2023,
-    arXiv 2310.01698.)
+    DSS found that models without it are as good. S4D gave the reason: if B is halved, the response
+    to a given input tends to that of HiPPO as n grows. (The kernels themselves do not: Yu et al.
+    2023, arXiv 2310.01698.) Why halved: P = B/√2, so P Pᵀ h is B/2 times Bᵀ h, and Bᵀ h is what the
+    state recalls of x at this moment (`recall` at point 1). So h' = (A + P Pᵀ) h - P Pᵀ h + B x is
+    about (A + P Pᵀ) h - B x / 2 + B x.
 
     S4 also drops the 1/t, so its clock does not stretch: the past fades instead of counting all the
     same. At n = 64 the fastest ω is about 1,300: with Δ = 0.1 that is 130 rad a token, far more

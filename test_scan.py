@@ -990,6 +990,7 @@ def test_every_documented_error_of_the_models_is_raised():
     raises(["patch", "2 or 4", "7"], lambda: VisionMamba(16, patch=7))
     for option in ("direction", "fuse", "pool", "stem", "position"):
         raises([option, "one of", "typo"], lambda: VisionMamba(16, **{option: "typo"}))
+    raises(["discretization", "one of", "foh"], lambda: MambaLM(5, discretization="foh"))
     for layer in (ConvS6(6, 4), Mamba(6, 4), MambaBlock(6, 4), VisionBlock(6, 4), RNN(6, 5),
                   S4(6, 4), S4Block(6, 4)):
         raises([type(layer).__name__, "(b, l, 6)"], lambda: layer(torch.randn(2, 9, 5)))
