@@ -486,12 +486,11 @@ def resume_from(path, facts, modules):
 
 def read_checkpoint(path):
     """A checkpoint, on the CPU. weights_only: nothing that is in the file is run as code."""
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError:
-        raise
-    except Exception as error:           # torch has many kinds for a damaged file
-        raise ValueError(f"{path} is damaged, or no checkpoint, or might run code") from error
+    with open(path, "rb") as file:
+        try:
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:       # torch has many kinds for a damaged file
+            raise ValueError(f"{path} is damaged, or no checkpoint, or might run code") from error
 
 
 def first_line(error):
@@ -559,8 +558,8 @@ def load_data(dataset, source, data_dir, size):
     try:
         return load_torchvision(dataset, data_dir)
     except Exception as error:           # no network, a broken download, a damaged file
-        reason = str(error).strip().splitlines()[-1:]              # torchvision says it last
-        problem = f"cannot read {dataset} from {data_dir}, or download it {reason}"
+        *_, reason = str(error).strip().split("\n")                # torchvision says it last
+        problem = f"cannot read {dataset} from {data_dir}, or download it ({reason})"
         # Damaged files are an accident that should be noticed: nothing stands in for them.
         there = Path(data_dir, "MNIST", "raw", "train-images-idx3-ubyte").exists()
         if dataset != "mnist" or source == "real" or there:

@@ -381,12 +381,11 @@ def resume_from(path, facts, modules, device):
 
 def read_checkpoint(path):
     """A checkpoint, on the CPU. weights_only: nothing that is in the file is run as code."""
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError:
-        raise
-    except Exception as error:           # torch has many kinds for a damaged file
-        raise ValueError(f"{path} is damaged, or no checkpoint, or might run code") from error
+    with open(path, "rb") as file:
+        try:
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:       # torch has many kinds for a damaged file
+            raise ValueError(f"{path} is damaged, or no checkpoint, or might run code") from error
 
 
 def load_model(path, device):
@@ -626,6 +625,8 @@ def write_text(args, device):
     names = [args.name or file_name(text, args.quick) for text in texts]
     paths = [os.path.join(args.out, f"{name}-seed0.pt") for name in names]
     path = args.checkpoint or next(filter(os.path.exists, paths), paths[0])
+    if not os.path.exists(path):
+        raise ValueError(f"there is no {path}: train a model, or name one by --checkpoint")
     model, vocabulary = load_model(path, device)
 
     prompt = encode(args.generate, vocabulary).to(device)
