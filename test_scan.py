@@ -1240,7 +1240,7 @@ def test_a_training_that_is_killed_anywhere_and_resumed_ends_in_the_same_weights
     """Catches: a checkpoint without the optimizer, the average, the order of the images, or the
     states that a language model carries from batch to batch; half a checkpoint, written over the
     last good one; a forgotten --resume that costs a run."""
-    def half(checkpoint, file):          # the process ends in the middle of a save
+    def dies_saving(checkpoint, file):   # the process ends in the middle of a save
         file.write(b"half of it")
         raise KeyboardInterrupt
 
@@ -1261,7 +1261,7 @@ def test_a_training_that_is_killed_anywhere_and_resumed_ends_in_the_same_weights
                     assert command(line)[0] == 130
                 assert 0 <= last - len(torch.load(path)["log"]) < 3
                 equal("the first run, set aside", learned(f"{path}.old"), whole)
-                with patch.object(torch, "save", half):
+                with patch.object(torch, "save", dies_saving):
                     assert command(f"{line} --resume")[0] == 130
                 assert not [name for name in os.listdir("checkpoints") if "part" in name]
                 for what in ("resumed", "resumed where nothing is left"):

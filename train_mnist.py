@@ -19,10 +19,10 @@ All models get the same tokens (from the stem), the same pooling, a linear head,
 parameters to 1 %, the same augmented images, optimizer and schedule. They differ in the body, which
 reads the tokens. (In the recipe poster more differs, on purpose.)
 
-How to read this file: first the recipes, then `train`, which shows the whole loop; the rest serves
-these two. To change or add a value, edit RECIPES. For another data set of torchvision, edit
-TORCHVISION; for another model, `build`; for another schedule, `learning_rate` and CHOICES; for
-another optimizer or loss, `train`.
+Read the recipes first, then `train`, which shows the whole loop; the rest serves these two. To
+change or add a value, edit RECIPES; for another data set of torchvision TORCHVISION; for another
+model `build`; for another schedule `learning_rate` and CHOICES; for another optimizer or loss
+`train`.
 
 Without a network and without files, digits drawn with matplotlib's fonts stand in for MNIST. The
 script announces this, and all results carry their name. There are no worker processes: a data set
@@ -41,7 +41,6 @@ import platform
 import shlex
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -62,13 +61,8 @@ from vision import BEGIN, GREYS, ImageClassifier, PixelLM, VisionMamba, complete
 
 matplotlib.use("Agg")            # figures are files: no window is opened
 # The models, and their colours in the figures.
-MODELS = {
-    "bidirectional": "#d62728",
-    "causal": "#1f77b4",
-    "s4": "#2ca02c",
-    "rnn": "#7f7f7f",
-    "forward": "#17becf",
-}
+MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c"}
+MODELS |= {"rnn": "#7f7f7f", "forward": "#17becf"}
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
 
 
@@ -473,14 +467,14 @@ def resume_from(path, facts, modules):
     theirs["dataset"] = checkpoint.get("data", {}).get("fingerprint")
     for setting, value in ours.items():
         if theirs.get(setting) != value:
-            raise ValueError(f"{path} was made with {setting} {theirs.get(setting)}, not {value}: "
-                             f"use the settings that made it, or start without --resume")
+            raise ValueError(f"{path} was made with {setting} {theirs.get(setting)}, not {value}. "
+                             f"Use that, or start without --resume")
     try:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} has another model or optimizer: start without --resume"
-                         ) from error
+        problem = f"{path} has another model or optimizer: start without --resume"
+        raise ValueError(problem) from error
     return checkpoint["log"], checkpoint["scores"]
 
 
@@ -563,11 +557,11 @@ def load_data(dataset, source, data_dir, size):
         # Damaged files are an accident that should be noticed: nothing stands in for them.
         there = Path(data_dir, "MNIST", "raw", "train-images-idx3-ubyte").exists()
         if dataset != "mnist" or source == "real" or there:
-            raise ValueError(f"{problem}: delete what is damaged, and connect to the network, or "
-                             f"use --dataset FOLDER, or mnist --data synthetic") from error
-    rule = "!" * 100
-    print(f"{rule}\n{problem}.\nTraining on SYNTHETIC digits instead: results say nothing about "
-          f"MNIST.\n{rule}", flush=True)
+            raise ValueError(f"{problem}. Delete what is damaged and connect to the network, or "
+                             f"use --dataset FOLDER or --data synthetic") from error
+    print("!" * 100)
+    print(f"{problem}.\nTraining on SYNTHETIC digits: results say nothing about MNIST.")
+    print("!" * 100, flush=True)
     return synthetic_digits()
 
 
@@ -605,9 +599,8 @@ def load_folder(folder, size):
     """
     for part in ("train", "test"):
         if not os.path.isdir(f"{folder}/{part}"):
-            raise ValueError(f"there is no folder {folder}/{part}: a data set is one of "
-                             f"{', '.join(TORCHVISION)}, or a folder that holds train/<class>/* "
-                             f"and test/<class>/*")
+            raise ValueError(f"there is no folder {folder}/{part}, and {folder} is none of "
+                             f"{', '.join(TORCHVISION)}")
     train = torchvision.datasets.ImageFolder(f"{folder}/train")
     test = torchvision.datasets.ImageFolder(f"{folder}/test")
     if train.classes != test.classes or len(train.classes) < 2:
@@ -706,7 +699,7 @@ def shrink(data, args):
         test_x, test_y = test_x[:test_count], test_y[:test_count]
     if len(x) < args.batch or len(test_x) == 0:
         raise ValueError(f"{len(x)} training and {len(test_x)} test images are left, and a batch "
-                         f"takes {args.batch}: use a smaller --batch or --holdout")
+                         f"takes {args.batch}")
     return Data(name, x, y, test_x, test_y, *rest)
 
 
@@ -756,8 +749,8 @@ def shift_and_flip(images, padding=2):
 
 def changed(recipe):
     """What differs from the recipe of that name, and has no column in a row: "lr=0.001"."""
-    same = RECIPES[recipe["recipe"]] | {key: recipe[key] for key in ("recipe", "model", "dataset",
-                                                                   "seed")}
+    columns = {key: recipe[key] for key in ("recipe", "model", "dataset", "seed")}
+    same = RECIPES[recipe["recipe"]] | columns
     return ",".join(f"{key}={recipe[key]}" for key in recipe if recipe[key] != same[key])
 
 
@@ -777,9 +770,8 @@ def result(name, recipe, data, device, run):
         "recipe": f"{recipe['recipe']}:{changed(recipe)}".strip(":"),
     }
     print("RESULT", *(f"{column}={value}" for column, value in row.items()), flush=True)
-    origin = {"device": describe(device), "torch": torch.__version__,
-              "command": "python " + shlex.join(sys.argv)}
-    return row | origin
+    command = "python " + shlex.join(sys.argv)
+    return row | {"device": describe(device), "torch": torch.__version__, "command": command}
 
 
 def mean_sd(values, digits):
@@ -916,12 +908,11 @@ def parse(arguments):
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name}, but {', '.join(RECIPES)}")
     p = argparse.ArgumentParser(
-        allow_abbrev=False,
         usage="train_mnist.py [recipe] [--flag value ...]  (--help lists them)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"The flags down to --state are the settings of the recipe {name}. RECIPES, at the "
-               f"top of this file, explains them.",
+        epilog=f"RECIPES, at the top of this file, explains the settings of {name}.",
+        allow_abbrev=False,
     )
     add = p.add_argument
     settings = {key: value for key, value in RECIPES[name].items() if key != "task"}
@@ -934,17 +925,18 @@ def parse(arguments):
             kind = {"type": KINDS.get(setting, KINDS[type(value)]), "metavar": "VALUE"}
         add("--" + setting.replace("_", "-"), default=value, help=f"default {value}", **kind)
     add("--compare", action="store_true", help="train each of --models with each of --seeds")
-    add("--models", nargs="+", choices=ROWS[name], metavar="MODEL", help=f"of {[*ROWS[name]]}")
-    add("--seeds", nargs="+", type=whole, help="default 0")
+    add("--models", nargs="+", choices=ROWS[name], metavar="MODEL",
+        help=f"of --compare; default {' '.join(ROWS[name])}")
+    add("--seeds", nargs="+", type=whole, help="of --compare; default 0")
     add("--name", help="what files are called; default: the recipe")
     add("--quick", action="store_true", help="2 epochs of 6,400 images; 1 of 640 by pixels")
     add("--limit", type=whole, default=0, help="train on so many images only; 0: all")
-    add("--holdout", type=whole, default=0, help="test on so many training images, to choose "
-                                                 "settings; 0: on the test images")
+    add("--holdout", type=whole, default=0,
+        help="test on so many training images; 0: on the test images")
     add("--size", type=whole, default=0, help="resize a folder's images to SIZE x SIZE")
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--data", choices=["auto", "real", "synthetic"], default="auto",
-        help="auto: synthetic digits if MNIST cannot be had; default %(default)s")
+        help="default auto: synthetic digits if MNIST cannot be had")
     add("--data-dir", default="data", help="default %(default)s")
     add("--out", default="checkpoints", help="folder for checkpoints; default %(default)s")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
@@ -961,19 +953,10 @@ def parse(arguments):
     return args, recipe
 
 
-def files_of(recipe, data):
-    """What the files of a run are called: after the recipe, and after other data than its own."""
-    name, own = recipe["recipe"], RECIPES[recipe["recipe"]]["dataset"]
-    if data.name != own:
-        name = data.name if name == own else f"{name}-{data.name}"
-    return name.replace("-", "_")
-
-
 def prepare_data(args, recipe, device):
     """The data set, on the device. Under torchrun the first process prints and writes files."""
     if recipe["batch"] % PROCESSES:
-        raise ValueError(f"{PROCESSES} processes cannot share a batch of {recipe['batch']}: use a "
-                         f"--batch that {PROCESSES} divides")
+        raise ValueError(f"use a --batch that {PROCESSES} processes can share")
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK > 0:                         # wait until the first process has downloaded the data
@@ -990,19 +973,22 @@ def run(args, recipe):
     """One training; or, with --compare, one for each row and seed, then their table and figure."""
     device = choose_device(args.device)
     data = prepare_data(args, recipe, device)
-    name = args.name or files_of(recipe, data)
+    # Files are called after the recipe; what was trained on other data is called after those too.
+    name = recipe["recipe"]
+    own = RECIPES[name]["dataset"]
+    if data.name != own:
+        name = data.name if name == own else f"{name}-{data.name}"
+    name = args.name or name.replace("-", "_")
+
     seeds, models = [recipe["seed"]], {recipe["model"]: {}}
     if args.compare:
         every = ROWS[recipe["recipe"]]
         seeds = list(dict.fromkeys(args.seeds or [0]))
         models = {model: every[model] for model in args.models or every}
 
-    # What cannot be built or written is noticed now, and not after the first trainings.
+    # A model that cannot be built is noticed now, and not after the trainings of others.
     for changes in models.values():
         build(recipe | changes, data)
-    for folder in ("results", "figures") if args.compare else ():
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
 
     rows, runs = [], {model: [] for model in models}
     for seed, model in itertools.product(seeds, models):

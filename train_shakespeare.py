@@ -35,7 +35,6 @@ import platform
 import shlex
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -170,7 +169,8 @@ def train(recipe, text, device, path, resume):
         epoch_ends = (step + 1) % steps_per_epoch == 0
         if epoch_ends:
             states = None
-            scores.append(validate(average, text, block))
+            stream = stream_loss(average, text)
+            scores.append((stream, block_losses(average, text, block).mean().item()))
             print(f"  epoch {len(scores)}{progress(log, steps, steps_per_epoch)}")
             print_epoch(average, text, recipe, scores)
         if epoch_ends or ((step + 1) % SAVE_EVERY == 0 and PROCESSES == 1):
@@ -214,11 +214,6 @@ def learning_rate(recipe, step, steps):
     return recipe["lr"] * min(part / 0.1, fall)
 
 
-def validate(model, text, block):
-    """Both validation losses: -> nats per character, streaming and in blocks."""
-    return stream_loss(model, text), block_losses(model, text, block).mean().item()
-
-
 @torch.no_grad()
 def stream_loss(model, text, piece=4096):
     """The whole validation text, read once from end to end: -> nats per character.
@@ -258,9 +253,8 @@ def block_losses(model, text, block):
 def print_opening(recipe, text, model, device):
     """What is trained, on what, and the loss to begin with."""
     parameters = sum(p.numel() for p in model.parameters())
-    size = len(text.vocabulary)
-    print(f"{text.name}: {len(text.train):,} characters for training, {len(text.valid):,} for "
-          f"validation, {size} different ones")
+    train, valid, size = len(text.train), len(text.valid), len(text.vocabulary)
+    print(f"{text.name}: {train:,} characters for training, {valid:,} for validation")
     print(f"parameters {parameters}  seed {recipe['seed']}")
     print(f"device {describe(device)}, torch {torch.__version__}")
     print(f"loss of a blind guess ln {size} = {math.log(size):.4f}")
@@ -363,16 +357,16 @@ def resume_from(path, facts, modules, device):
     ours = facts["recipe"] | {"text": facts["text"]}
     for setting, value in ours.items():
         if theirs.get(setting) != value:
-            raise ValueError(f"{path} was made with {setting} {theirs.get(setting)}, not {value}: "
-                             f"use the settings that made it, or start without --resume")
+            raise ValueError(f"{path} was made with {setting} {theirs.get(setting)}, not {value}. "
+                             f"Use that, or start without --resume")
     if PROCESSES > 1 and checkpoint["states"]:
         raise ValueError(f"{path} was saved within an epoch: go on without torchrun")
     try:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} has another model or optimizer: start without --resume"
-                         ) from error
+        problem = f"{path} has another model or optimizer: start without --resume"
+        raise ValueError(problem) from error
     states = checkpoint["states"]
     if states:
         states = [State(*(t.to(device) for t in state)) for state in states]
@@ -467,11 +461,12 @@ def load_text(data_dir, source="auto", path=None):
         problem = f"cannot read or download {path} ({first_line(error)})"
         # A file that is damaged is an accident that should be noticed: nothing stands in for it.
         if source == "real" or os.path.exists(path):
-            raise ValueError(f"{problem}: connect to the network, give a UTF-8 text by --text, or "
-                             f"use --data synthetic") from error
-    rule = "!" * 100
-    print(f"{rule}\n{problem}.\nTraining on SYNTHETIC data instead, the help texts of Python: "
-          f"results say nothing about Shakespeare.\n{rule}", flush=True)
+            raise ValueError(f"{problem}: connect to the network, or use --text FILE or "
+                             f"--data synthetic") from error
+    print("!" * 100)
+    print(f"{problem}.\nTraining on SYNTHETIC data instead, the help texts of Python: results say "
+          f"nothing about Shakespeare.")
+    print("!" * 100, flush=True)
     return help_texts()
 
 
@@ -544,9 +539,8 @@ def result(recipe, text, device, run):
         "recipe": f"shakespeare:{changed(recipe)}".strip(":"),
     }
     print("RESULT", *(f"{column}={value}" for column, value in row.items()), flush=True)
-    origin = {"device": describe(device), "torch": torch.__version__,
-              "command": "python " + shlex.join(sys.argv)}
-    return row | origin
+    command = "python " + shlex.join(sys.argv)
+    return row | {"device": describe(device), "torch": torch.__version__, "command": command}
 
 
 def print_table(rows):
@@ -665,11 +659,11 @@ def parse(arguments):
     Each setting of RECIPE becomes a flag of the same type, with its value as the default.
     """
     p = argparse.ArgumentParser(
-        allow_abbrev=False,
         usage="train_shakespeare.py [--flag value ...]    (--help lists them)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"The first {len(RECIPE)} flags are the settings of the training: see RECIPE.",
+        epilog="RECIPE, at the top of this file, explains the settings.",
+        allow_abbrev=False,
     )
     add = p.add_argument
     for setting, value in RECIPE.items():
@@ -725,9 +719,8 @@ def prepare_text(args, device):
         text = text._replace(name=text.name + "-quick")
         train, valid = train[:164000], valid[:16000]
     if len(train) <= args.batch * args.block or len(valid) <= args.block:
-        raise ValueError(f"{text.name} has {len(train)} characters for training and {len(valid)} "
-                         f"for validation, too few for a step of {args.batch} rows of "
-                         f"{args.block}: use a smaller --batch and --block")
+        raise ValueError(f"{len(train)} characters for training and {len(valid)} for validation "
+                         f"are too few: use a smaller --batch and --block")
     return text._replace(train=train.to(device), valid=valid.to(device))
 
 
@@ -739,9 +732,6 @@ def run(args, recipe):
         return
     text = prepare_text(args, device)
     name = args.name or file_name(text.name)
-    for folder in ("results", "figures") if args.seeds else ():
-        os.makedirs(folder, exist_ok=True)         # noticed now if it cannot be written
-        tempfile.TemporaryFile(dir=folder).close()
 
     rows, runs = [], []
     seeds = list(dict.fromkeys(args.seeds or [args.seed]))

@@ -1007,11 +1007,11 @@ def parse(arguments):
 
 def main():
     args = parse(sys.argv[1:])
-    device = choose_device(args.device)
     # The penalty makes Δ so small that numbers become denormal, and a CPU several times slower.
     # Threads inherit this when they start, so it comes before all work.
     torch.set_flush_denormal(True)
     try:
+        device = choose_device(args.device)
         for task in dict.fromkeys(args.task):
             TASKS[task](args, device)
     except KeyboardInterrupt:
