@@ -11,40 +11,39 @@
     python train_mnist.py --dataset fashion     FashionMNIST
     python train_mnist.py --dataset FOLDER      own images: FOLDER/train/<class>/*, FOLDER/test/…
     python train_mnist.py --quick               a first look in about a minute
-    python train_mnist.py --compare --seeds 0 1 2     every model with every seed: table and figures
+    python train_mnist.py --compare --seeds 0 1 2     every model with every seed: table and figure
     python train_mnist.py --resume              go on after Ctrl-C, on a CPU to the same weights
     torchrun --nproc_per_node=2 train_mnist.py  each of two processes takes half of every batch
 
-Every model gets the same tokens (the stem), the same pooling, a linear head, the same number of
-parameters to 1 %, the same augmented images, optimizer and schedule. What differs is the body that
-reads the tokens. (In the recipe poster more differs, and that is its subject.)
+All models get the same tokens (from the stem), the same pooling, a linear head, the same number of
+parameters to 1 %, the same augmented images, optimizer and schedule. They differ in the body, which
+reads the tokens. (In the recipe poster more differs, on purpose.)
 
-How to read this file: the recipes, then `train`, which is the whole loop; the rest serves it.
-To change a value, or to add one: RECIPES. Another data set of torchvision: TORCHVISION. Another
-model: `build`. Another schedule: `learning_rate` and CHOICES. Another optimizer or loss: `train`.
+Read the recipes first, then `train`, which shows the whole loop; the rest serves these two. To
+change or add a value, edit RECIPES; for another data set of torchvision TORCHVISION; for another
+model `build`; for another schedule `learning_rate` and CHOICES; for another optimizer or loss
+`train`.
 
-Without a network and without files, digits drawn with matplotlib's fonts stand in for MNIST; that
-is announced, and all results carry their name. Left out: worker processes. A data set fits in
-memory as one tensor, and a batch is an index into it.
+Without a network and without files, digits drawn with matplotlib's fonts stand in for MNIST. The
+script announces this, and all results carry their name. There are no worker processes: a data set
+fits in memory as one tensor, and a batch is an index into it.
 Read before: vision.py and rnn.py. Read next: train_shakespeare.py.
 """
 import argparse
 import copy
 import csv
 import hashlib
+import io
 import itertools
 import math
 import os
-import pickle
 import platform
 import shlex
-import signal
 import socket
 import sys
 import time
-import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import matplotlib
 import torch
@@ -54,25 +53,27 @@ import torchvision
 from matplotlib import pyplot as plt
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.functional import pil_to_tensor
 
 from block import MambaBlock, parameter_groups
 from rnn import RNN, S4Block, S4Stack
-from vision import BEGIN, ImageClassifier, PixelLM, VisionMamba, complete
+from vision import BEGIN, GREYS, ImageClassifier, PixelLM, VisionMamba, complete
 
 matplotlib.use("Agg")            # figures are files: no window is opened
 # The models, and their colours in the figures.
-MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c", "rnn": "#7f7f7f",
-          "forward": "#17becf"}
+MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c"}
+MODELS |= {"rnn": "#7f7f7f", "forward": "#17becf"}
+TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
 
 
 # --------------------------------------------------------------------------------------------------
-# The recipes. Each value but the task is also a flag: a value that you add here is a flag, and in
-# every checkpoint. (The recipe next-pixel is written out in full: add the value there too.)
+# The recipes. Each value but the task is also a flag, and stands in every checkpoint: so does a
+# value that you add here. (The recipe next-pixel is written out in full: add the value there too.)
 
 RECIPES = {}
 RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held out: --holdout 5000
     dataset="mnist",                     # a name in TORCHVISION, or a folder of images
-    task="classify",
+    task="classify",                     # or "next-pixel": see build
     model="bidirectional",               # one of MODELS
     seed=0,                              # of weights, order of the images, and warps
     epochs=5,
@@ -81,7 +82,7 @@ RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held 
     schedule="cosine",                   # or "constant": see learning_rate
     clip=1.0,                            # longer gradients are scaled down to this norm
     weight_decay=0.05,                   # for matrices alone: see block.parameter_groups
-    average=0.998,                       # decay of the averaged weights, which are what is tested;
+    average=0.998,                       # decay of the averaged weights, which are tested;
                                          # 0: no average, the weights themselves are tested
     smoothing=0.0,                       # label smoothing
     augment="warp",                      # or "shift-flip", for photographs, or "none"
@@ -134,12 +135,12 @@ RECIPES["poster"] = dict(                # settings of a published poster: see R
     hidden=160,
 )
 
-# What --compare trains: a name for each row of the table, and what it changes in the recipe. Each
-# Mamba of the poster differs from the one above it in one respect: the learning rate (and the
-# clipping that goes with it), the number of branches, the direction, and the rate again. To train
-# one row alone: --compare --models NAME.
-ROWS = {name: {model: {"model": model} for model in ("bidirectional", "causal", "s4", "rnn")}
-        for name in RECIPES}
+# The rows of the table that --compare makes: a name, and what it changes in the recipe. To train
+# one row alone: --compare --models NAME. Each Mamba of the poster differs from the one above it in
+# one respect: the learning rate (with its clipping), the branches, the direction, the rate again.
+ROWS = {}
+for name in ("mnist", "pixels", "cifar10"):
+    ROWS[name] = {model: {"model": model} for model in ("bidirectional", "causal", "s4", "rnn")}
 ROWS["next-pixel"] = {model: {"model": model} for model in ("causal", "s4")}
 ROWS["poster"] = {
     "rnn": dict(model="rnn", pool="last"),
@@ -149,59 +150,193 @@ ROWS["poster"] = {
     "bidirectional-1e-3": dict(model="bidirectional"),             # another direction
     "bidirectional-3e-4": dict(model="bidirectional", lr=3e-4, clip=0.5),
 }
-PUBLISHED = {"rnn": 94.40, "forward-3e-4": 97.00, "bidirectional-1e-3": 97.93}    # %, one run each
 
-# The limits of values: words (those that describe a model, the model checks), and numbers, from
-# lowest to highest. All other numbers must be 0 or more.
-CHOICES = {"model": MODELS, "schedule": ("cosine", "constant"),
-           "augment": ("warp", "shift-flip", "none")}
-LIMITS = {"average": (0, 1), "smoothing": (0, 1), "clip": (1e-9, 1e9), **dict.fromkeys(
-    ("epochs", "batch", "patch", "d_model", "hidden", "state"), (1, 10 ** 9))}
-TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
+
+# --------------------------------------------------------------------------------------------------
+# The models, each with its task.
+
+class Task(NamedTuple):
+    """What a model is asked, and how its answers are counted."""
+    prepare: Callable            # images (b, c, h, w) of 0 … 255, labels (b,) -> inputs, targets
+    score: Callable              # nats, percent right -> {column: text}; the last one is the score
+    classes: int                 # how many answers there are to choose from
+
+
+def classification(data):
+    """Tell the class of an image: -> Task."""
+    def prepare(images, labels):
+        return (images.float() / 255 - data.mean) / data.std, labels
+
+    def score(nats, right):
+        return {"test_accuracy": f"{right:.2f}"}
+
+    return Task(prepare, score, len(data.classes))
+
+
+def next_pixel():
+    """Guess each pixel of a grey image from the pixels before it: -> Task."""
+    def prepare(images, labels):
+        pixels = images.flatten(1).long()                          # (b, h·w)
+        before = F.pad(pixels[:, :-1], (1, 0), value=BEGIN)        # (b, h·w)
+        return before, pixels
+
+    def score(nats, right):
+        bits = nats / math.log(2)
+        return {"test_nats_per_pixel": f"{nats:.4f}", "test_bits_per_pixel": f"{bits:.4f}"}
+
+    return Task(prepare, score, GREYS)
 
 
 def build(recipe, data):
-    """The model of a recipe, for images like those of the data. Raises ValueError if that can't be.
+    """The model of a recipe, for images like those of the data, and its Task.
 
-    Another model is another `if`, a colour in MODELS, and a name in ROWS. Its body is a module that
-    reads tokens, (b, l, d_model), and returns (b, l, width). See that it has as many parameters as
-    the others, or the comparison says little.
+    Another model is another `elif`, a colour in MODELS, and a name in ROWS. Its body is a module
+    that reads tokens, (b, l, d_model), and returns (b, l, width). Give it as many parameters as the
+    others have, or the comparison says little.
+    Raises ValueError for settings or images that do not fit.
     """
     model, d_model, layers = recipe["model"], recipe["d_model"], recipe["layers"]
     channels, *size = data.train_images.shape[1:]
     if recipe["task"] == "next-pixel":
-        if channels > 1:
-            raise ValueError("next-pixel needs grey images: it guesses one of 256 values")
-        if model not in ("causal", "s4"):
-            raise ValueError("next-pixel needs --model causal or s4: the others see the pixel that "
-                             "they must guess, or cannot go on from a state")
-        blocks = [MambaBlock(d_model) for _ in range(layers)] if model == "causal" else [
-            S4Block(d_model, recipe["state"]) for _ in range(2 * layers)]
-        return PixelLM(blocks, d_model, size)
-    frame = dict(image_size=size, channels=channels, classes=data.classes,
-                 **{key: recipe[key] for key in ("patch", "stem", "position", "pool")})
+        if channels > 1 or model not in ("causal", "s4"):
+            raise ValueError("next-pixel needs grey images, and --model causal or s4: the others "
+                             "see the pixel that they must guess, or cannot go on from a state")
+        if model == "causal":
+            blocks = [MambaBlock(d_model) for _ in range(layers)]
+        else:
+            blocks = [S4Block(d_model, recipe["state"]) for _ in range(2 * layers)]
+        return PixelLM(blocks, d_model, size), next_pixel()
+
+    frame = {key: recipe[key] for key in ("patch", "stem", "position", "pool")}
+    frame.update(image_size=size, channels=channels, classes=len(data.classes))
     if model == "rnn":
-        return ImageClassifier(RNN(d_model, recipe["hidden"], layers), d_model, recipe["hidden"],
-                               **frame)
-    if model == "s4":
-        return ImageClassifier(S4Stack(d_model, 2 * layers, recipe["state"]), d_model, d_model,
-                               **frame)
-    return VisionMamba(d_model, layers, direction=model, fuse=recipe["fuse"], **frame)
+        body = RNN(d_model, recipe["hidden"], layers)
+        classifier = ImageClassifier(body, d_model, recipe["hidden"], **frame)
+    elif model == "s4":
+        body = S4Stack(d_model, 2 * layers, recipe["state"])
+        classifier = ImageClassifier(body, d_model, d_model, **frame)
+    else:
+        how = dict(direction=model, fuse=recipe["fuse"])
+        classifier = VisionMamba(d_model, layers, **how, **frame)
+    return classifier, classification(data)
 
 
 # --------------------------------------------------------------------------------------------------
 # Training: the loop, and what it needs.
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun
-SAVE_EVERY = 500     # steps; besides, at the end of each epoch
-STOP = []            # Ctrl-C and SIGTERM append to this list; the loop looks at it after each step
+TORCHRUN = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+SAVE_EVERY = 100     # steps; besides, at the end of each epoch
 
 
-def ask_to_stop(number, _):
-    """What a signal calls: it may come in the middle of a step, so it only leaves a note."""
-    if STOP:
-        raise KeyboardInterrupt          # asked twice: at once
-    STOP.append(number)
+class Run(NamedTuple):
+    """A finished training."""
+    average: torch.nn.Module     # the averaged weights
+    task: Task
+    log: list                    # of each step: loss, fraction right, seconds of training so far
+    scores: list                 # of each epoch: nats, percent right of the test images
+
+
+def train(recipe, data, device, path, resume):
+    """Train one model, saving to path: -> Run.
+
+    Every random draw is a function of (seed, step). So a checkpoint needs no random state, and a
+    training that was killed goes on from the last checkpoint to the weights it would have had.
+    """
+    steps_per_epoch = len(data.train_images) // recipe["batch"]
+    steps = recipe["epochs"] * steps_per_epoch
+    torch.manual_seed(seed_for(recipe["seed"], "weights"))
+    model, task = build(recipe, data)
+    average = copy.deepcopy(model.to(device)).eval().requires_grad_(False)
+    groups = parameter_groups(model, recipe["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+    # The rule: whatever lives from one step to the next must be in the checkpoint, or a resumed
+    # training ends in other weights. These are the modules, and the log, which counts the steps.
+    modules = {"model": model, "average": average, "optimizer": optimizer}
+    facts = {"recipe": recipe, "data": facts_of(data)}
+    log, scores = resume_from(path, facts, modules) if resume else ([], [])
+    # The first save comes at once: so a folder that cannot be written is noticed now.
+    save_checkpoint(path, facts, modules, log, scores, keep_old=not resume)
+    print_opening(recipe, data, model, task, device)
+    print(f"checkpoint {path}, step {len(log)} of {steps}", flush=True)
+    net = DistributedDataParallel(model) if PROCESSES > 1 else model
+
+    for step in range(len(log), steps):
+        start = time.perf_counter()
+
+        # This step's learning rate and seed. Whatever is drawn from here on in this step (warps; a
+        # dropout, if you add one) depends on (seed, step) alone, and is the same in all processes.
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step, steps)
+        torch.manual_seed(seed_for(recipe["seed"], "warp", step))
+
+        # The batch; under torchrun each process takes its share of it.
+        share = [t.chunk(PROCESSES)[RANK] for t in batch(recipe, data, step)]
+        inputs, targets = task.prepare(*share)
+
+        # Forward: logits (b, classes). Those of next-pixel, (b, h·w, 256), hold a guess for each
+        # pixel of each image: (b · h·w, 256).
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe["bf16"]):
+            logits = net(inputs)
+        logits, targets = logits.float().flatten(0, -2), targets.flatten()
+        loss = F.cross_entropy(logits, targets, label_smoothing=recipe["smoothing"])
+
+        # Backward. DistributedDataParallel averages the gradients over the processes. Clipping
+        # keeps one bad batch from throwing the weights far.
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])
+        if not math.isfinite(loss.item() + norm.item()):
+            raise ValueError(f"not finite at step {step + 1}: start again with a smaller --lr")
+
+        # The update; then the average of the weights. Its decay begins at about 1 - 9/step, so
+        # it spans the last ninth of the steps; later it spans some 1 / (1 - average) of them.
+        optimizer.step()
+        decay = min(recipe["average"], (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, weight in zip(average.parameters(), model.parameters()):
+                mean.lerp_(weight, 1 - decay)
+
+        # The log (under torchrun, of this process's share).
+        right = (logits.argmax(1) == targets).float().mean()
+        seconds = (log[-1][2] if log else 0.0) + time.perf_counter() - start
+        log.append((loss.item(), right.item(), seconds))
+        if (step + 1) % 20 == 0 and sys.stdout.isatty():           # log files stay short
+            print(progress(log, steps, 100), end="\r", flush=True)
+
+        # Where an epoch ends, the test of the averaged weights. There, and now and then, save.
+        epoch_ends = (step + 1) % steps_per_epoch == 0
+        if epoch_ends:
+            nats, percent = evaluate(average, task, data)
+            scores.append((nats, percent))
+            print(f"  epoch {len(scores)}{progress(log, steps, steps_per_epoch)}  test "
+                  f"{nats:.4f} nats, {percent:.2f} % right", flush=True)
+        if epoch_ends or (step + 1) % SAVE_EVERY == 0:
+            save_checkpoint(path, facts, modules, log, scores)
+    return Run(average, task, log, scores)
+
+
+def batch(recipe, data, step):
+    """Images (b, c, h, w) of 0 … 255, augmented, and labels (b,) of a step.
+
+    Each image comes once per epoch, in a new order; a last part of them, too small for a batch, is
+    left out. The choice depends on (seed, step), and the warps on PyTorch's seed, set by `train`.
+    """
+    size, count = recipe["batch"], len(data.train_images)
+    epoch, i = divmod(step, count // size)
+    generator = torch.Generator().manual_seed(seed_for(recipe["seed"], "order", epoch))
+    order = torch.randperm(count, generator=generator)
+    index = order[i * size:(i + 1) * size].to(data.train_images.device)
+    images, labels = data.train_images[index].float(), data.train_labels[index]
+
+    augment = recipe.get("augment", "none")
+    if augment == "warp":
+        images = warp(images, degrees=10, scale=0.1, shear=5, shift=2)
+    elif augment == "shift-flip":        # mirroring keeps the label of a photo, but not of a digit
+        images = shift_and_flip(images)
+    return images, labels
 
 
 def seed_for(seed, what, number=0):
@@ -214,157 +349,17 @@ def learning_rate(recipe, step, steps):
     """"cosine": a line from 0 to lr over the first tenth of the steps, then a cosine to 0."""
     if recipe["schedule"] == "constant":
         return recipe["lr"]
-    assert recipe["schedule"] == "cosine"
     part = (step + 1) / steps
     fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (part - 0.1) / 0.9)))
     return recipe["lr"] * min(part / 0.1, fall)
 
 
-def prepare(recipe, data, images, labels):
-    """Images (b, c, h, w) of 0 … 255 and labels (b,) -> a model's inputs and targets."""
-    if recipe["task"] == "next-pixel":   # tokens before each pixel, and the pixel: (b, h·w) int64
-        pixels = images.flatten(1).long()
-        return F.pad(pixels[:, :-1], (1, 0), value=BEGIN), pixels
-    return (images.float() / 255 - data.mean) / data.std, labels
-
-
-def batch(recipe, data, step):
-    """Inputs and targets of a step. Each image comes once per epoch, in a new order; a last part of
-    the images, too small for a batch, is left out.
-
-    The images depend on (seed, step); the warps on PyTorch's seed, which `train` sets per step.
-    """
-    size, count = recipe["batch"], len(data.train_images)
-    epoch, i = divmod(step, count // size)
-    generator = torch.Generator().manual_seed(seed_for(recipe["seed"], "order", epoch))
-    index = torch.randperm(count, generator=generator)[i * size:(i + 1) * size]
-    index = index.to(data.train_images.device)
-    images, augment = data.train_images[index].float(), recipe.get("augment", "none")
-    if augment == "warp":
-        images = warp(images, degrees=10, scale=0.1, shear=5, shift=2)
-    elif augment == "shift-flip":        # mirroring keeps the label of a photo, but not of a digit
-        images = shift_and_flip(images)
-    return prepare(recipe, data, images, data.train_labels[index])
-
-
-class Run(NamedTuple):
-    """A finished training."""
-    average: torch.nn.Module     # the averaged weights
-    log: list                    # of each step: loss, fraction right, seconds of training so far
-    scores: list                 # of each epoch: nats, percent right of the test images
-    parameters: int
-
-
-def train(recipe, data, device, path, resume):
-    """Train one model, saving to path: -> Run.
-
-    Every random draw is a function of (seed, step). So a checkpoint holds no random state, and a
-    run that was stopped goes on to the weights that it would have had.
-    """
-    steps_per_epoch = len(data.train_images) // recipe["batch"]
-    steps = recipe["epochs"] * steps_per_epoch
-    torch.manual_seed(seed_for(recipe["seed"], "weights"))
-    try:
-        model = build(recipe, data).to(device)
-    except (ValueError, RuntimeError) as error:    # RuntimeError: too large for the memory
-        sys.exit(f"train_mnist.py: no such model: {first_line(error)}")
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe["weight_decay"]),
-                                  lr=recipe["lr"], betas=(0.9, 0.95))
-    modules = {"model": model, "average": average, "optimizer": optimizer}
-    step, log, scores = 0, [], []        # see Run
-    if resume:
-        step, log, scores = load(path, recipe, data, modules)
-    else:
-        set_aside(path)
-    # Saved at once: a folder that cannot be written is noticed now, and not in an hour.
-    save(path, recipe, data, modules, step, log, scores)
-    net = DistributedDataParallel(model) if PROCESSES > 1 else model
-    parameters = sum(p.numel() for p in model.parameters())
-    classes = 256 if recipe["task"] == "next-pixel" else data.classes
-    print(f"model {recipe['model']} on {summary(data)}\nparameters {parameters}  "
-          f"seed {recipe['seed']}  device {describe(device)}  torch {torch.__version__}\n"
-          f"loss of a blind guess ln {classes} = {math.log(classes):.4f}\n"
-          f"checkpoint {path}, step {step} of {steps}", flush=True)
-
-    for epoch in range(len(scores), recipe["epochs"]):
-        while step < (epoch + 1) * steps_per_epoch:
-            start = time.perf_counter()
-
-            # This step's learning rate, and its seed: whatever is drawn from here on in this step
-            # (warps; a dropout, if you add one) is a function of (seed, step). Under torchrun all
-            # processes draw the same, for the whole batch.
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step, steps)
-            torch.manual_seed(seed_for(recipe["seed"], "warp", step))
-
-            # The batch; under torchrun each process takes its share of it.
-            inputs, targets = (t.chunk(PROCESSES)[RANK] for t in batch(recipe, data, step))
-
-            # Forward: logits (b, classes); or (b, h·w, 256) of next-pixel, where each pixel of each
-            # image is a guess like any other: (b · h·w, 256).
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe["bf16"]):
-                logits = net(inputs)
-            logits, targets = logits.float().flatten(0, -2), targets.flatten()
-            loss = F.cross_entropy(logits, targets, label_smoothing=recipe["smoothing"])
-
-            # Backward. DistributedDataParallel averages the gradients over processes. They are
-            # clipped, so that one bad batch cannot throw the weights far.
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])
-
-            # What to log, and whether anybody asked to stop. Under torchrun all of that is averaged
-            # over the processes, so that they agree and stop after the same step.
-            hits = (logits.detach().argmax(1) == targets).float().mean()
-            seen = torch.stack([loss.detach(), hits, torch.full_like(hits, len(STOP))])
-            if PROCESSES > 1:
-                dist.all_reduce(seen.div_(PROCESSES))
-            loss, hits, stopping = seen.tolist()
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                sys.exit(f"train_mnist.py: loss {loss:.3g}, gradient {norm:.3g} at step {step + 1}"
-                         f": not finite. Start again with a smaller --lr")
-
-            # The update; then the average of the weights. Its decay begins at about 1 - 9/step, so
-            # it spans the last ninth of the steps; later it spans some 1 / (1 - average) of them.
-            optimizer.step()
-            decay = min(recipe["average"], (1 + step) / (10 + step))
-            with torch.no_grad():
-                for mean, weight in zip(average.parameters(), model.parameters()):
-                    mean.lerp_(weight, 1 - decay)
-
-            # Log, show, save now and then, and stop if asked to.
-            before = log[-1][2] if log else 0.0
-            log.append((loss, hits, before + time.perf_counter() - start))
-            step += 1
-            if step % 20 == 0 and sys.stdout.isatty():     # log files stay short
-                print("\r" + progress(log, steps, 100), end="  ", flush=True)
-            if stopping or step % SAVE_EVERY == 0:
-                save(path, recipe, data, modules, step, log, scores)
-            if stopping:
-                raise KeyboardInterrupt
-
-        # The end of an epoch. The test can take minutes, and be stopped: save before and after.
-        save(path, recipe, data, modules, step, log, scores)
-        nats, accuracy = evaluate(average, recipe, data)
-        scores.append((nats, accuracy))
-        save(path, recipe, data, modules, step, log, scores)
-        test = f"test {nats:.4f} nats, accuracy {accuracy:.2f} (not augmented)"
-        if recipe["task"] == "next-pixel":
-            test = f"test {nats:.4f} nats = {nats / math.log(2):.4f} bits per pixel"
-        print("\r" if sys.stdout.isatty() else "", f"epoch {epoch + 1}",
-              progress(log, steps, steps_per_epoch), test, flush=True)
-    return Run(average, log, scores, parameters)
-
-
 @torch.no_grad()
-def evaluate(model, recipe, data):
-    """The test images: -> nats (per image, or per pixel), percent right."""
-    nats, right, count, size = 0.0, 0, 0, 50 if recipe["task"] == "next-pixel" else 250
+def evaluate(model, task, data, size=125):
+    """All test images, `size` at a time: -> nats (per image, or per pixel), percent right."""
+    nats, right, count = 0.0, 0, 0
     for images, labels in zip(data.test_images.split(size), data.test_labels.split(size)):
-        if STOP and PROCESSES == 1:      # several processes stop together, at the next step
-            raise KeyboardInterrupt
-        inputs, targets = prepare(recipe, data, images, labels)
+        inputs, targets = task.prepare(images, labels)
         logits, targets = model(inputs).flatten(0, -2), targets.flatten()
         nats += F.cross_entropy(logits, targets, reduction="sum").item()
         right += (logits.argmax(1) == targets).sum().item()
@@ -372,12 +367,26 @@ def evaluate(model, recipe, data):
     return nats / count, 100 * right / count
 
 
+# --------------------------------------------------------------------------------------------------
+# What is printed while a training runs.
+
+def print_opening(recipe, data, model, task, device):
+    """What is trained, on what, and the loss to begin with."""
+    train, test = len(data.train_images), len(data.test_images)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"model {recipe['model']} on {data.name}: {train} training, {test} test images")
+    print(f"parameters {parameters}  seed {recipe['seed']}")
+    print(f"device {describe(device)}, torch {torch.__version__}")
+    print(f"loss of a blind guess ln {task.classes} = {math.log(task.classes):.4f}")
+
+
 def progress(log, steps, window):
     """One line: how far the training is, and the means over the last `window` steps."""
-    part, seconds = log[-window:], log[-1][2]
-    loss, right = (sum(row[i] for row in part) / len(part) for i in (0, 1))
+    losses, hits, _ = zip(*log[-window:])
+    loss, percent = sum(losses) / len(losses), 100 * sum(hits) / len(hits)
+    seconds = log[-1][2]
     left = seconds / len(log) * (steps - len(log))
-    return (f"  step {len(log)}/{steps}  loss {loss:.4f}  accuracy {100 * right:.2f}  "
+    return (f"  step {len(log)}/{steps}  loss {loss:.4f}  accuracy {percent:.2f}  "
             f"{seconds:.0f} s, {left:.0f} s left")
 
 
@@ -389,101 +398,127 @@ def choose_device(name):
         if name == "cuda":               # torchrun counts the processes of one machine
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=name)
-    except Exception:                    # its kind depends on how torch was built
-        sys.exit(f"{Path(sys.argv[0]).name}: there is no device {name} here: use --device cpu")
+    except (RuntimeError, AssertionError) as error:        # it depends on how torch was built
+        raise ValueError(f"there is no device {name} here: use --device cpu") from error
     return torch.device(name)
 
 
 def describe(device):
-    """What it runs on, in a few words. Seconds mean nothing without it, nor does "bit for bit"."""
-    count = torch.get_num_threads()
-    name = f"{device.type} {platform.machine()} {count} thread{'s' if count > 1 else ''}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    return name + (f", {PROCESSES} processes" if PROCESSES > 1 else "")
+    """Recorded with each result: timings and bitwise equality depend on the machine and threads."""
+    name = f"{device.type} {platform.machine()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return f"{name}, threads {torch.get_num_threads()}, processes {PROCESSES}"
 
 
 # --------------------------------------------------------------------------------------------------
 # Files appear whole or not at all: a run that is killed, or a disk that is full, costs no file that
 # was there before.
 
-def write(path, make):
-    """Call make(a temporary path), then move what it wrote to path. Ends with one line if it can't.
+def write(path, make, keep_old=False):
+    """Call make(an open temporary file), then move the file to path.
 
-    os.replace is atomic: whoever looks at path sees the old file or the new one.
+    keep_old    what was at path becomes path.old, so that a forgotten --resume costs nothing
+    os.replace is atomic: whoever looks at path sees the old file or the new one. The process id in
+    the temporary name keeps two trainings of one name from writing into each other's file.
     """
+    part = f"{path}.{os.getpid()}.part"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        make(path + ".part")
-        os.replace(path + ".part", path)
-    except (OSError, RuntimeError) as error:       # torch.save calls a full disk a RuntimeError
-        sys.exit(f"{Path(sys.argv[0]).name}: cannot write {path} ({first_line(error)}): is the "
-                 f"disk full, or the folder read-only? What was there before is untouched")
+        with open(part, "wb") as file:
+            make(file)
+        if keep_old and os.path.exists(path):
+            os.replace(path, f"{path}.old")
+            print(f"the earlier {path} is now {path}.old")
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
 
 
-def set_aside(path):
-    """Rename what is at path: whoever forgets --resume, or a --name, loses nothing."""
-    if RANK == 0 and os.path.exists(path):
-        old = next(old for i in itertools.count(1) if not os.path.exists(old := f"{path}.old{i}"))
-        try:
-            os.replace(path, old)
-        except OSError as error:
-            sys.exit(f"train_mnist.py: cannot rename {path} ({first_line(error)})")
-        print(f"an earlier {path} was there, and is now {old}")
+def write_rows(path, rows):
+    """A CSV file of dictionaries that have the same keys; an earlier one becomes path.old."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, lambda file: file.write(text.getvalue().encode()), keep_old=True)
 
 
-def save(path, recipe, data, modules, step, log, scores):
-    """A checkpoint: all that `train` needs to go on, and that others need to rebuild the model."""
-    state = {"recipe": recipe, "data": summary(data), "step": step, "log": log, "scores": scores,
-             **{name: module.state_dict() for name, module in modules.items()}}
+def save_checkpoint(path, facts, modules, log, scores, keep_old=False):
+    """All that `train` needs to go on, and that others need to rebuild the model and use it."""
+    checkpoint = {**facts, "log": log, "scores": scores}
+    for name, module in modules.items():
+        checkpoint[name] = module.state_dict()
     if RANK == 0:
-        write(path, lambda part: torch.save(state, part))
+        write(path, lambda file: torch.save(checkpoint, file), keep_old)
 
 
-def load(path, recipe, data, modules):
-    """Fill the modules from a checkpoint: -> step, log, scores. Ends with one line if it can't."""
+def resume_from(path, facts, modules):
+    """Fill the modules from a checkpoint: -> log, scores.
+
+    Raises ValueError if the checkpoint has other settings, images or modules.
+    """
+    checkpoint = read_checkpoint(path)
+    ours = dict(facts["recipe"])
+    # A setting that is newer than the checkpoint is not in it: it had its default value then.
+    theirs = RECIPES[ours["recipe"]] | checkpoint.get("recipe", {})
+    # The images must be the same, wherever they are.
+    ours["dataset"] = facts["data"]["fingerprint"]
+    theirs["dataset"] = checkpoint.get("data", {}).get("fingerprint")
+    for setting, value in ours.items():
+        if theirs.get(setting) != value:
+            raise ValueError(f"{path} was made with {setting} {theirs.get(setting)}, not {value}. "
+                             f"Use that, or start without --resume")
     try:
-        with zipfile.ZipFile(path) as archive:     # torch.load does not look at the checksums
-            if archive.testzip():
-                raise ValueError("a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)    # runs no code
-        # A setting that is newer than the checkpoint is not in it: it had its default then.
-        theirs = RECIPES[recipe["recipe"]] | state["recipe"] | {"data": state["data"]}
-        ours = recipe | {"data": summary(data)}
-        if other := [key for key in ours if theirs.get(key) != ours[key]]:
-            raise ValueError(f"made with {other[0]} {theirs.get(other[0])}, not {ours[other[0]]}")
         for name, module in modules.items():
-            module.load_state_dict(state[name])
-        return state["step"], state["log"], state["scores"]
-    except pickle.UnpicklingError:       # torch's own words tell how to run it all the same
-        sys.exit(f"train_mnist.py: {path} holds more than numbers, and might run code: delete it")
-    except Exception as error:           # no such file, or what zipfile and torch make of damage
-        sys.exit(f"train_mnist.py: cannot go on from {path} ({first_line(error)}): start without "
-                 f"--resume, or use the settings that made it")
+            module.load_state_dict(checkpoint[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        problem = f"{path} has another model or optimizer: start without --resume"
+        raise ValueError(problem) from error
+    return checkpoint["log"], checkpoint["scores"]
+
+
+def read_checkpoint(path):
+    """A checkpoint, on the CPU. weights_only: nothing that is in the file is run as code."""
+    with open(path, "rb") as file:
+        try:
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:       # torch has many kinds for a damaged file
+            raise ValueError(f"{path} is damaged, or no checkpoint, or might run code") from error
 
 
 def first_line(error):
     """What went wrong, in one line; the type of the error if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------
 # The images: tensors in memory, and what a model must know of them.
 
 class Data(NamedTuple):
-    """A data set. `build` makes a model for it, `prepare` normalises its images by mean and std."""
+    """A data set. `build` makes a model for it, which sees images normalised by mean and std."""
     name: str                    # what every result carries
     train_images: torch.Tensor   # (N, c, h, w) uint8
     train_labels: torch.Tensor   # (N,) int64
     test_images: torch.Tensor
     test_labels: torch.Tensor
-    classes: int
+    classes: list                # names: label i means classes[i]
     mean: torch.Tensor           # (c, 1, 1), of all training pixels, as fractions of 255
     std: torch.Tensor
 
 
-def summary(data):
-    """Name and sizes: a checkpoint goes on with data of the same name and sizes only."""
-    return f"{data.name}: {len(data.train_images)} training, {len(data.test_images)} test images"
+def facts_of(data):
+    """What a checkpoint says of its images, so that the model can be used without them.
+
+    The fingerprint depends on pixels, labels and class names, not on where the files are.
+    """
+    digest = hashlib.sha256(repr(data.classes).encode())
+    for tensor in (*data[1:5], data.mean, data.std):
+        digest.update(tensor.cpu().contiguous().numpy())
+    shape = list(data.train_images.shape[1:])
+    return {"name": data.name, "classes": data.classes, "shape": shape, "mean": data.mean.cpu(),
+            "std": data.std.cpu(), "fingerprint": f"{shape} {digest.hexdigest()[:16]}"}
 
 
 def as_data(name, train_images, train_labels, test_images, test_labels, classes):
@@ -491,55 +526,68 @@ def as_data(name, train_images, train_labels, test_images, test_labels, classes)
 
     Counted by grey value, which takes no float copy of the images. MNIST: 0.1307 and 0.3081.
     """
-    values, mean, std = torch.arange(256).double() / 255, [], []
-    for channel in train_images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256) / channel.numel()
-        mean.append((share * values).sum())
-        std.append((share * (values - mean[-1]) ** 2).sum().sqrt().clamp(min=1 / 255))
-    mean, std = (torch.stack(t).view(-1, 1, 1).round(decimals=4).float() for t in (mean, std))
+    counts = [channel.flatten().bincount(minlength=256) for channel in train_images.unbind(1)]
+    share = torch.stack(counts).double()                           # (c, 256)
+    share /= share.sum(1, keepdim=True)
+    values = torch.arange(256).double() / 255
+    mean = share @ values                                          # (c,)
+    std = (share @ values ** 2 - mean ** 2).clamp(min=1 / 255 ** 2).sqrt()
+    mean, std = (t.round(decimals=4).float().view(-1, 1, 1) for t in (mean, std))
     return Data(name, train_images, train_labels, test_images, test_labels, classes, mean, std)
+
+
+def load_data(dataset, source, data_dir, size):
+    """A name in TORCHVISION, or a folder -> Data. Raises ValueError if that cannot be had.
+
+    source    "auto": MNIST is downloaded if need be, and replaced by synthetic digits if it cannot
+              be; "real" and "synthetic" insist
+    size      the images of a folder are resized to size × size; 0: as they are
+    """
+    if source == "synthetic" and dataset != "mnist":
+        raise ValueError(f"--data synthetic stands in for mnist alone, not {dataset}")
+    if source == "synthetic":
+        return synthetic_digits()
+    if dataset not in TORCHVISION:
+        return load_folder(dataset, size)
+    try:
+        return load_torchvision(dataset, data_dir)
+    except Exception as error:           # no network, a broken download, a damaged file
+        *_, reason = str(error).strip().split("\n")                # torchvision says it last
+        problem = f"cannot read {dataset} from {data_dir}, or download it ({reason})"
+        # Damaged files are an accident that should be noticed: nothing stands in for them.
+        there = Path(data_dir, "MNIST", "raw", "train-images-idx3-ubyte").exists()
+        if dataset != "mnist" or source == "real" or there:
+            raise ValueError(f"{problem}. Delete what is damaged and connect to the network, or "
+                             f"use --dataset FOLDER or --data synthetic") from error
+    print("!" * 100)
+    print(f"{problem}.\nTraining on SYNTHETIC digits: results say nothing about MNIST.")
+    print("!" * 100, flush=True)
+    return synthetic_digits()
 
 
 # torchvision verifies what it downloads, but not the files of MNIST that it finds unpacked.
 MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"
 
 
-def load_data(dataset, source, data_dir, size):
-    """A name in TORCHVISION, or a folder -> Data. Ends with one line if that cannot be had.
-
-    source    "auto": MNIST is downloaded if need be, and replaced by synthetic digits if it cannot
-              be; "real" and "synthetic" insist
-    size      the images of a folder are resized to size × size; 0: as they are
-    """
-    if source == "synthetic":
-        if dataset != "mnist":
-            sys.exit(f"train_mnist.py: --data synthetic stands in for mnist alone, not {dataset}")
-        return synthetic_digits()
-    if dataset not in TORCHVISION:
-        return load_folder(dataset, size)
+def load_torchvision(dataset, data_dir):
+    """A data set of torchvision, downloaded if need be: -> Data."""
     socket.setdefaulttimeout(10)         # a download that stalls is given up
-    try:
-        kind, tensors = getattr(torchvision.datasets, TORCHVISION[dataset]), []
-        for part in (kind(data_dir, train=True, download=True), kind(data_dir, train=False)):
-            images = torch.as_tensor(part.data)    # (N, h, w), or (N, h, w, c)
-            images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
-            tensors += [images.contiguous(), torch.as_tensor(part.targets)]
-            classes = len(part.classes)
-        digest = hashlib.md5(b"".join(t.numpy().tobytes() for t in tensors), usedforsecurity=False)
-        if dataset == "mnist" and digest.hexdigest() != MNIST_MD5:
+    kind = getattr(torchvision.datasets, TORCHVISION[dataset])
+    tensors = []
+    for part in (kind(data_dir, train=True, download=True), kind(data_dir, train=False)):
+        images = torch.as_tensor(part.data)
+        if images.ndim == 3:                                       # (N, h, w)
+            images = images.unsqueeze(1)                           # (N, 1, h, w)
+        else:                                                      # (N, h, w, c)
+            images = images.permute(0, 3, 1, 2).contiguous()       # (N, c, h, w)
+        tensors += [images, torch.as_tensor(part.targets)]
+    if dataset == "mnist":
+        digest = hashlib.md5(usedforsecurity=False)
+        for tensor in tensors:
+            digest.update(tensor.numpy())
+        if digest.hexdigest() != MNIST_MD5:
             raise ValueError("these are not the published images")
-    except Exception as error:           # no network, a broken download, a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        problem = f"cannot read {dataset} from {data_dir}, or download it ({reason})"
-        # Damaged files are an accident that should be noticed: nothing stands in for them.
-        there = os.path.exists(os.path.join(data_dir, "MNIST", "raw", "train-images-idx3-ubyte"))
-        if dataset != "mnist" or source == "real" or there:
-            sys.exit(f"train_mnist.py: {problem}: delete what is damaged, and connect to the "
-                     f"network, or use --dataset FOLDER (own images), or mnist --data synthetic")
-        print(f"{'!' * 100}\n{problem}.\nTraining on SYNTHETIC digits instead: results say nothing "
-              f"about MNIST.\n{'!' * 100}", flush=True)
-        return synthetic_digits()
-    return as_data(dataset, *tensors, classes)
+    return as_data(dataset, *tensors, list(part.classes))
 
 
 def load_folder(folder, size):
@@ -549,36 +597,47 @@ def load_folder(folder, size):
     pass for the published one's. CIFAR-10-images, as a copy of CIFAR-10 in JPEG files is usually
     called, is cifar10-jpeg: its results are not quite those of CIFAR-10.
     """
-    def read(path):                      # -> (3, h, w) uint8
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):
-                raise ValueError(f"{path} has 16 bits per pixel: convert it to 8")
-            image = image.resize((size, size)) if size else image
-            tensor = torchvision.transforms.functional.pil_to_tensor(image.convert("RGB"))
-        if shapes.setdefault("first", tensor.shape) != tensor.shape:
-            raise ValueError(f"{path} has another size than the first image")
-        return tensor
+    for part in ("train", "test"):
+        if not os.path.isdir(f"{folder}/{part}"):
+            raise ValueError(f"there is no folder {folder}/{part}, and {folder} is none of "
+                             f"{', '.join(TORCHVISION)}")
+    train = torchvision.datasets.ImageFolder(f"{folder}/train")
+    test = torchvision.datasets.ImageFolder(f"{folder}/test")
+    if train.classes != test.classes or len(train.classes) < 2:
+        raise ValueError(f"{folder}: train and test need the same classes, two or more")
 
-    shapes = {}
-    try:
-        parts = [torchvision.datasets.ImageFolder(os.path.join(folder, part), loader=read)
-                 for part in ("train", "test")]
-        if parts[0].classes != parts[1].classes or len(parts[0].classes) < 2:
-            raise ValueError("train and test need the same classes, two or more")
-        x, test_x = (torch.stack([image for image, _ in part]) for part in parts)
-    except Exception as error:           # no folder, no image, damaged: what PIL and torch say
-        sys.exit(f"train_mnist.py: cannot read images from {folder} ({first_line(error)}). A data "
-                 f"set is one of {', '.join(TORCHVISION)}, or a folder that holds train/<class>/* "
-                 f"and test/<class>/*, all of one size unless a --size is given")
-    if all((images == images[:, :1]).all() for images in (x, test_x)):     # grey, in three channels
-        x, test_x = x[:, :1], test_x[:, :1]
-    y, test_y = (torch.tensor(part.targets) for part in parts)
+    images = []
+    for path, _ in train.imgs + test.imgs:
+        images.append(read_image(path, size))
+        if images[-1].shape != images[0].shape:
+            raise ValueError(f"{path} has another size than the first image: use --size")
+    images = torch.stack(images)                                   # (N, 3, h, w)
+    if (images == images[:, :1]).all():                            # grey, in three channels
+        images = images[:, :1]
+    x, test_x = images.split([len(train), len(test)])
+    y, test_y = torch.tensor(train.targets), torch.tensor(test.targets)
+
     # The files come sorted by class. --limit and --holdout want any part of them mixed.
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     name = os.path.basename(os.path.abspath(folder))
-    name = "cifar10-jpeg" if name == "CIFAR-10-images" else name
-    name = f"own-{name}" if name in (*TORCHVISION, *RECIPES) else name
-    return as_data(name, x[order], y[order], test_x, test_y, len(parts[0].classes))
+    if name == "CIFAR-10-images":
+        name = "cifar10-jpeg"
+    elif name in (*TORCHVISION, *RECIPES):
+        name = f"own-{name}"
+    return as_data(name, x[order], y[order], test_x, test_y, train.classes)
+
+
+def read_image(path, size):
+    """The image at path, resized if a size is given: -> (3, h, w) uint8."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):
+                raise ValueError("it has 16 bits per pixel: convert it to 8")
+            if size:
+                image = image.resize((size, size))
+            return pil_to_tensor(image.convert("RGB"))
+    except Exception as error:           # PIL has many kinds for a damaged file
+        raise ValueError(f"cannot read {path} ({first_line(error)})") from error
 
 
 def synthetic_digits(train=20000, test=4000):
@@ -588,26 +647,33 @@ def synthetic_digits(train=20000, test=4000):
     that a model has to find what is common to all sevens, as with handwriting.
     """
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    fonts = [path for family in ("DejaVu", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "cmb10")
-             for path in sorted(folder.glob(family + "*.ttf")) if "Display" not in path.name]
-    glyphs = torch.zeros(len(fonts), 10, 28, 28)           # white on black, 0 … 1
-    for (i, font), digit in itertools.product(enumerate(fonts), range(10)):
-        figure = plt.figure(figsize=(0.28, 0.28), dpi=100)                     # 28×28 pixels
-        figure.text(0.5, 0.5, str(digit), font=font, fontsize=19, ha="center",
-                    va="center_baseline")
-        figure.canvas.draw()
-        pixels = torch.tensor(memoryview(figure.canvas.buffer_rgba()).tolist())    # (28, 28, 4)
-        glyphs[i, digit] = 1 - pixels[..., 0] / 255
-        plt.close(figure)
-    generator, sets = torch.Generator().manual_seed(0), []
+    fonts = []
+    for family in ("DejaVu", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "cmb10"):
+        for path in sorted(folder.glob(family + "*.ttf")):
+            if "Display" not in path.name:
+                fonts.append(path)
+
+    glyphs = torch.zeros(len(fonts), 10, 28, 28)                   # white on black, 0 … 1
+    for i, font in enumerate(fonts):
+        for digit in range(10):
+            figure = plt.figure(figsize=(0.28, 0.28), dpi=100)     # 28×28 pixels
+            figure.text(0.5, 0.5, str(digit), font=font, fontsize=19, ha="center",
+                        va="center_baseline")
+            figure.canvas.draw()
+            pixels = torch.tensor(memoryview(figure.canvas.buffer_rgba()).tolist())
+            glyphs[i, digit] = 1 - pixels[..., 0] / 255            # (28, 28)
+            plt.close(figure)
+
+    generator, tensors = torch.Generator().manual_seed(0), []
     for count in (train, test):
         font = torch.randint(len(glyphs), (count,), generator=generator)
         labels = torch.randint(10, (count,), generator=generator)
-        images = glyphs[font, labels].unsqueeze(1)                             # (count, 1, 28, 28)
+        images = glyphs[font, labels].unsqueeze(1)                 # (count, 1, 28, 28)
         images = warp(images, degrees=15, scale=0.2, shear=10, shift=3, generator=generator)
-        images = (images + 0.1 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
-        sets += [(255 * images).to(torch.uint8), labels]
-    return as_data("synthetic-digits", *sets, 10)
+        images = images + 0.1 * torch.randn(images.shape, generator=generator)
+        images = (255 * images.clamp(0, 1)).to(torch.uint8)
+        tensors += [images, labels]
+    return as_data("synthetic-digits", *tensors, list("0123456789"))
 
 
 def shrink(data, args):
@@ -618,17 +684,22 @@ def shrink(data, args):
     """
     name, x, y, test_x, test_y, *rest = data
     if args.holdout:
+        name += "-holdout"
         keep = max(len(x) - args.holdout, 0)
-        name, test_x, test_y, x, y = f"{name}-holdout", x[keep:], y[keep:], x[:keep], y[:keep]
+        x, test_x = x[:keep], x[keep:]
+        y, test_y = y[:keep], y[keep:]
     if args.limit:
-        name, x, y = f"{name}-limit-{args.limit}", x[:args.limit], y[:args.limit]
+        name += f"-limit-{args.limit}"
+        x, y = x[:args.limit], y[:args.limit]
     if args.quick:                       # a pixel per token takes over ten times as long
-        count = 6400 if vars(args).get("patch", 1) > 1 else 640
-        name, x, y = f"{name}-quick", x[:count], y[:count]
-        test_x, test_y = test_x[:1000 * count // 6400], test_y[:1000 * count // 6400]
+        name += "-quick"
+        by_pixels = vars(args).get("patch", 1) == 1
+        count, test_count = (640, 100) if by_pixels else (6400, 1000)
+        x, y = x[:count], y[:count]
+        test_x, test_y = test_x[:test_count], test_y[:test_count]
     if len(x) < args.batch or len(test_x) == 0:
-        sys.exit(f"train_mnist.py: {len(x)} training and {len(test_x)} test images are left, and "
-                 f"a batch takes {args.batch}: use a smaller --batch, --limit or --holdout")
+        raise ValueError(f"{len(x)} training and {len(test_x)} test images are left, and a batch "
+                         f"takes {args.batch}")
     return Data(name, x, y, test_x, test_y, *rest)
 
 
@@ -673,14 +744,14 @@ def shift_and_flip(images, padding=2):
 
 
 # --------------------------------------------------------------------------------------------------
-# Results: a row per run, a table, figures. A row says which command made it, and on what machine; a
-# number in the README comes from such a row.
+# Results: a row per run, a table, a figure. A row says which command made it, and on what machine;
+# a number in the README comes from such a row.
 
 def changed(recipe):
     """What differs from the recipe of that name, and has no column in a row: "lr=0.001"."""
-    defaults, said = RECIPES[recipe["recipe"]], ("recipe", "model", "dataset", "seed")
-    return ",".join(f"{key}={value}" for key, value in recipe.items()
-                    if key not in said and value != defaults[key])
+    columns = {key: recipe[key] for key in ("recipe", "model", "dataset", "seed")}
+    same = RECIPES[recipe["recipe"]] | columns
+    return ",".join(f"{key}={recipe[key]}" for key in recipe if recipe[key] != same[key])
 
 
 def result(name, recipe, data, device, run):
@@ -688,37 +759,28 @@ def result(name, recipe, data, device, run):
 
     The score is that of the last epoch: to choose the best one would be to choose on test images.
     """
-    nats, accuracy = run.scores[-1]
-    score = {"test_accuracy": f"{accuracy:.2f}"}
-    if recipe["task"] == "next-pixel":
-        score = {"test_nats_per_pixel": f"{nats:.4f}",
-                 "test_bits_per_pixel": f"{nats / math.log(2):.4f}"}
-    row = {"model": name, "dataset": data.name, "seed": recipe["seed"],
-           "params": run.parameters, "epochs": recipe["epochs"], **score,
-           "seconds": f"{run.log[-1][2]:.0f}",
-           "recipe": f"{recipe['recipe']}:{changed(recipe)}".strip(":")}
-    print("RESULT " + " ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    return row | {"device": describe(device), "torch": torch.__version__,
-                  "command": "python " + shlex.join(sys.argv)}
-
-
-def write_rows(path, rows):
-    """A CSV file of dictionaries that have the same keys; an earlier one is set aside."""
-    def make(part):
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    set_aside(path)
-    write(path, make)
+    row = {
+        "model": name,
+        "dataset": data.name,
+        "seed": recipe["seed"],
+        "params": sum(p.numel() for p in run.average.parameters()),
+        "epochs": recipe["epochs"],
+        **run.task.score(*run.scores[-1]),
+        "seconds": f"{run.log[-1][2]:.0f}",
+        "recipe": f"{recipe['recipe']}:{changed(recipe)}".strip(":"),
+    }
+    print("RESULT", *(f"{column}={value}" for column, value in row.items()), flush=True)
+    command = "python " + shlex.join(sys.argv)
+    return row | {"device": describe(device), "torch": torch.__version__, "command": command}
 
 
 def mean_sd(values, digits):
     """Mean ± standard deviation (n - 1), as text; of a single value, the value."""
     values = torch.tensor(values, dtype=torch.float64)
-    spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
+    text = f"{values.mean():.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {values.std():.{digits}f}"
+    return text
 
 
 def print_table(rows):
@@ -727,77 +789,59 @@ def print_table(rows):
     Runs with the same seed see the same images in the same order. So the difference to the line
     above is taken seed by seed: variation that they share cancels.
     """
-    score, digits = ("test_bits_per_pixel", 4) if "test_bits_per_pixel" in rows[0] else (
-        "test_accuracy", 2)
-    print(f"\n| model | parameters | {score.replace('_', ' ')} | change from the line above "
+    column = [column for column in rows[0] if column.startswith("test_")][-1]
+    digits = 2 if column == "test_accuracy" else 4
+    print(f"\n| model | parameters | {column.replace('_', ' ')} | change from the line above "
           f"| seconds |\n|---|---|---|---|---|")
     above = []
     for model in dict.fromkeys(row["model"] for row in rows):
         runs = [row for row in rows if row["model"] == model]
-        scores = [float(row[score]) for row in runs]
-        gained = mean_sd([a - b for a, b in zip(scores, above)], digits) if above else ""
-        print(f"| {model} | {runs[0]['params']:,} | {mean_sd(scores, digits)} | {gained} | "
-              f"{mean_sd([float(row['seconds']) for row in runs], 0)} |")
+        scores = [float(row[column]) for row in runs]
+        seconds = mean_sd([float(row["seconds"]) for row in runs], 0)
+        change = [a - b for a, b in zip(scores, above)]            # empty in the first line
+        gained = mean_sd(change, digits) if change else ""
+        score, parameters = mean_sd(scores, digits), runs[0]["params"]
+        print(f"| {model} | {parameters:,} | {score} | {gained} | {seconds} |")
         above = scores
 
 
-def draw_runs(path, runs, recipe, title):
+def draw_runs(path, runs, title):
     """Training loss over steps and over seconds, and the test score over epochs.
 
-    runs    {row of ROWS: what `train` returned for each seed}. A line is the mean over seeds, the
-            band goes from the lowest to the highest; on the right there is a line per seed
+    runs    {row of the table: what `train` returned for each seed}. A line is the mean over seeds,
+            the band goes from the lowest to the highest; on the right there is a line per seed
     What to see: over steps all but the RNN lie close together. Over seconds they part, since a step
     of the cheaper ones takes less time.
     """
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     axes[1].sharey(axes[0])
-    for model in runs:
-        color = MODELS[ROWS[recipe["recipe"]][model]["model"]]
-        log = torch.stack([torch.tensor(run.log) for run in runs[model]])      # (seeds, steps, 3)
+    for i, (row, its_runs) in enumerate(runs.items()):
+        color = MODELS.get(row, f"C{i}")
+        log = torch.stack([torch.tensor(run.log) for run in its_runs])         # (seeds, steps, 3)
         width = max(1, min(100, log.shape[1] // 10))       # steps that a point is the mean of
         losses = log[..., 0].unfold(1, width, width).mean(-1)                  # (seeds, points)
         steps = width * torch.arange(1, losses.shape[1] + 1)
-        for ax, x in zip(axes, (steps, log[:, steps - 1, 2].mean(0))):
-            ax.plot(x, losses.mean(0), color=color, label=model)
+        seconds = log[:, steps - 1, 2].mean(0)
+        for ax, x in zip(axes, (steps, seconds)):
+            ax.plot(x, losses.mean(0), color=color, label=row)
             ax.fill_between(x, losses.amin(0), losses.amax(0), color=color, alpha=0.2, linewidth=0)
-        for run in runs[model]:
-            scores = [nats / math.log(2) if recipe["task"] == "next-pixel" else accuracy
-                      for nats, accuracy in run.scores]
-            axes[2].plot(range(1, len(scores) + 1), scores, "o-", color=color, alpha=0.7)
+        for run in its_runs:
+            columns = [run.task.score(*score) for score in run.scores]
+            *_, unit = columns[0]
+            scores = [float(column[unit]) for column in columns]
+            epochs = range(1, len(scores) + 1)
+            axes[2].plot(epochs, scores, "o-", color=color, alpha=0.7)
+
     # Both axes are logarithmic in the loss, since late in a training the differences are small.
     axes[0].set(xlabel="training step", ylabel="training loss (nats)", yscale="log")
     axes[1].set(xlabel="seconds of training", yscale="log")
-    axes[2].set(xlabel="epoch", xticks=range(1, recipe["epochs"] + 1), ylabel="test: " + (
-        "bits per pixel" if recipe["task"] == "next-pixel" else "accuracy (%)"))
+    axes[2].set(xlabel="epoch", xticks=epochs, ylabel=unit.replace("_", " "))
     for ax in axes:
         ax.grid(alpha=0.3, which="both")
     axes[0].legend(frameon=False)
     figure.suptitle(f"{title}: mean, and band from lowest to highest; right, a line per seed",
                     fontsize=10)
-    write(path, lambda part: figure.savefig(part, dpi=120, format="png"))
-
-
-def draw_rows(path, rows, data, title):
-    """Test accuracy of each row of the poster, a dot per seed; what was published as a cross.
-
-    What to see: the rate moves the dots of a row by about a point. The number of branches and the
-    direction move them no further than the seed does.
-    """
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    figure, ax = plt.subplots(figsize=(7, 0.5 * len(names) + 1.2), layout="constrained")
-    for name in names:
-        ours = [float(row["test_accuracy"]) for row in rows if row["model"] == name]
-        color = MODELS[ROWS["poster"][name]["model"]]
-        ax.plot(ours, [name] * len(ours), "o", color=color, alpha=0.7)
-        if name in PUBLISHED and data.name == "mnist":
-            ax.plot(PUBLISHED[name], name, "x", color="black", markersize=8)
-    ax.plot([], [], "o", color="black", label="ours, a dot per seed")
-    ax.plot([], [], "x", color="black", markersize=8, label="published, one run")
-    ax.set(xlabel="test accuracy (%)", title=title)
-    ax.invert_yaxis()
-    ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=8)
-    write(path, lambda part: figure.savefig(part, dpi=120, format="png"))
+    write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
 def draw_completions(path, runs, data):
@@ -805,17 +849,21 @@ def draw_completions(path, runs, data):
 
     A model that has learned strokes, and not only greys, goes on with the digit that was begun.
     """
-    images, (height, width) = data.test_images[:10].flatten(1).long(), data.test_images.shape[2:]
+    height, width = data.test_images.shape[2:]
     half = width * (height // 2)
+    images = data.test_images[:10].flatten(1).long()
     rows = {"the digit": images, "what is given": images[:, :half]}
     for model, (run, *_) in runs.items():
-        for i in range(3):
-            drawn = complete(run.average, images[:, :half], height * width, seed=i)
-            rows[f"{model} {i + 1}"] = drawn
-    figure, axes = plt.subplots(len(rows), len(images), figsize=(10, 0.95 * len(rows) + 0.4),
-                                layout="constrained", squeeze=False)
+        for seed in range(3):
+            drawn = complete(run.average, images[:, :half], height * width, seed)
+            rows[f"{model} {seed + 1}"] = drawn
+
+    size = (10, 0.95 * len(rows) + 0.4)
+    figure, axes = plt.subplots(len(rows), len(images), figsize=size, layout="constrained",
+                                squeeze=False)
     for row, (name, pixels) in zip(axes, rows.items()):
-        shown = F.pad(pixels.float(), (0, height * width - pixels.shape[1]), value=math.nan).cpu()
+        missing = height * width - pixels.shape[1]
+        shown = F.pad(pixels.float(), (0, missing), value=math.nan).cpu()
         for ax, image in zip(row, shown.view(-1, height, width)):
             ax.imshow(image, cmap="gray_r", vmin=0, vmax=255)
             ax.axhline(half // width - 0.5, color="#d62728", linewidth=0.8)
@@ -823,11 +871,30 @@ def draw_completions(path, runs, data):
         row[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
     figure.suptitle(f"{data.name}: above the line given, below it drawn pixel by pixel",
                     fontsize=10)
-    write(path, lambda part: figure.savefig(part, dpi=100, format="png"))
+    write(path, lambda file: figure.savefig(file, dpi=100, format="png"))
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line.
+
+def between(kind, low, high=math.inf):
+    """A type for argparse: a number of that kind, from low to high."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:     # also if it is nan
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
+        return value
+
+    return number
+
+
+# The type of a setting says what it may be; for some, more is known.
+KINDS = {int: between(int, 1), float: between(float, 0), str: str}
+whole, fraction = between(int, 0), between(float, 0, 1)
+KINDS |= {"seed": whole, "layers": whole, "average": fraction, "smoothing": fraction}
+CHOICES = {"model": MODELS, "schedule": ["cosine", "constant"],
+           "augment": ["warp", "shift-flip", "none"]}
+
 
 def parse(arguments):
     """-> all flags, and the recipe: the one that was named, with what the flags change.
@@ -835,107 +902,107 @@ def parse(arguments):
     Each setting of the recipe becomes a flag of the same type, with its value as the default. So
     the flags of one recipe are not those of another: next-pixel has no --stem.
     """
-    name = next(iter(RECIPES))
+    name = "mnist"
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
     if name not in RECIPES:
-        sys.exit(f"train_mnist.py: there is no recipe {name}, but {', '.join(RECIPES)}")
+        raise ValueError(f"there is no recipe {name}, but {', '.join(RECIPES)}")
     p = argparse.ArgumentParser(
-        allow_abbrev=False, usage="train_mnist.py [recipe] [--flag value ...]  (--help lists them)",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"The flags down to --state are the settings of the recipe {name}. What they mean "
-               f"is said beside them, in RECIPES at the top of this file.")
+        usage="train_mnist.py [recipe] [--flag value ...]  (--help lists them)",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"RECIPES, at the top of this file, explains the settings of {name}.",
+        allow_abbrev=False,
+    )
     add = p.add_argument
     settings = {key: value for key, value in RECIPES[name].items() if key != "task"}
     for setting, value in settings.items():
-        kind = {"type": type(value), "metavar": type(value).__name__}
         if isinstance(value, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif setting in CHOICES:
             kind = {"choices": CHOICES[setting]}
+        else:
+            kind = {"type": KINDS.get(setting, KINDS[type(value)]), "metavar": "VALUE"}
         add("--" + setting.replace("_", "-"), default=value, help=f"default {value}", **kind)
     add("--compare", action="store_true", help="train each of --models with each of --seeds")
     add("--models", nargs="+", choices=ROWS[name], metavar="MODEL",
         help=f"of --compare; default {' '.join(ROWS[name])}")
-    add("--seeds", nargs="+", type=int, help="default 0")
-    add("--name", help="what the files of a run or table are called; default: the recipe")
-    add("--quick", action="store_true", help="2 epochs of 6,400 images, or 1 of 640 by pixels")
-    add("--limit", type=int, default=0, help="train on so many images only; default 0: all")
-    add("--holdout", type=int, default=0, help="test on so many training images, held out for "
-                                               "choosing settings; default 0: on the test images")
-    add("--size", type=int, default=0, help="resize a folder's images to SIZE x SIZE; default 0: "
-                                            "as they are")
+    add("--seeds", nargs="+", type=whole, help="of --compare; default 0")
+    add("--name", help="what files are called; default: the recipe")
+    add("--quick", action="store_true", help="2 epochs of 6,400 images; 1 of 640 by pixels")
+    add("--limit", type=whole, default=0, help="train on so many images only; 0: all")
+    add("--holdout", type=whole, default=0,
+        help="test on so many training images; 0: on the test images")
+    add("--size", type=whole, default=0, help="resize a folder's images to SIZE x SIZE")
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--data", choices=["auto", "real", "synthetic"], default="auto",
-        help="auto: synthetic digits if MNIST cannot be had; default %(default)s")
+        help="default auto: synthetic digits if MNIST cannot be had")
     add("--data-dir", default="data", help="default %(default)s")
     add("--out", default="checkpoints", help="folder for checkpoints; default %(default)s")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
-    # --quick changes a default, and no more: an --epochs that is given still counts.
-    if "--quick" in arguments:
-        p.set_defaults(epochs=min(2, RECIPES[name]["epochs"]))
+    if "--quick" in arguments:           # another default: an --epochs that is given still counts
+        p.set_defaults(epochs=min(2, settings["epochs"]))
     args = p.parse_args(arguments)
+
     recipe = {"recipe": name} | RECIPES[name] | {key: getattr(args, key) for key in settings}
-    for setting, value in [*vars(args).items(), *(("seeds", seed) for seed in args.seeds or [])]:
-        low, high = LIMITS.get(setting, (0, 10 ** 9))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            p.error(f"--{setting.replace('_', '-')} must be from {low} to {high}, got {value}")
-    single, several = {"--seed", "--model"}, {"--seeds", "--models"}
-    if wrong := {a.split("=")[0] for a in arguments} & (single if args.compare else several):
-        p.error(f"{' and '.join(sorted(wrong))}: one run takes --seed and --model, and --compare "
-                f"takes --seeds and --models")
+    given = {argument.split("=")[0] for argument in arguments}
+    if given & ({"--seed", "--model"} if args.compare else {"--seeds", "--models"}):
+        p.error("one run takes --seed and --model, and --compare takes --seeds and --models")
     if args.compare and not args.name and not args.quick and changed(recipe):
         p.error(f"a table with other settings than those of {name} needs a --name for its files")
     return args, recipe
 
 
-def main():
-    """One run; or, with --compare, one for each model and seed, then their table and figures."""
-    args, recipe = parse(sys.argv[1:])
-    device = choose_device(args.device)
+def prepare_data(args, recipe, device):
+    """The data set, on the device. Under torchrun the first process prints and writes files."""
     if recipe["batch"] % PROCESSES:
-        sys.exit(f"train_mnist.py: {PROCESSES} processes cannot share a batch of "
-                 f"{recipe['batch']}: use a --batch that {PROCESSES} divides")
-    if PROCESSES > 1:                    # the first one prints, downloads and writes files
+        raise ValueError(f"use a --batch that {PROCESSES} processes can share")
+    if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
-            dist.barrier()
+    if RANK > 0:                         # wait until the first process has downloaded the data
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        dist.barrier()
     data = load_data(recipe["dataset"], args.data, args.data_dir, args.size)
     if PROCESSES > 1 and RANK == 0:
         dist.barrier()
     data = shrink(data, args)
-    data = Data(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in data))
+    return Data(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in data))
 
-    # Ctrl-C must not hit between the gradient and the update: the step is done, then all is saved.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
 
-    # Files are called after the recipe; what was trained on other data is called after those.
-    name, own = recipe["recipe"], RECIPES[recipe["recipe"]]["dataset"]
+def run(args, recipe):
+    """One training; or, with --compare, one for each row and seed, then their table and figure."""
+    device = choose_device(args.device)
+    data = prepare_data(args, recipe, device)
+    # Files are called after the recipe; what was trained on other data is called after those too.
+    name = recipe["recipe"]
+    own = RECIPES[name]["dataset"]
     if data.name != own:
         name = data.name if name == own else f"{name}-{data.name}"
     name = args.name or name.replace("-", "_")
-    seeds, models = [args.seed], {args.model: {}}
+
+    seeds, models = [recipe["seed"]], {recipe["model"]: {}}
     if args.compare:
         every = ROWS[recipe["recipe"]]
-        seeds = dict.fromkeys(args.seeds or [0])
+        seeds = list(dict.fromkeys(args.seeds or [0]))
         models = {model: every[model] for model in args.models or every}
-    rows, runs = [], {}
-    for seed, (model, changes) in itertools.product(seeds, models.items()):
-        settings = recipe | changes | {"seed": seed}
+
+    # A model that cannot be built is noticed now, and not after the trainings of others.
+    for changes in models.values():
+        build(recipe | changes, data)
+
+    rows, runs = [], {model: [] for model in models}
+    for seed, model in itertools.product(seeds, models):
+        settings = recipe | models[model] | {"seed": seed}
         path = os.path.join(args.out, f"{name}-{model}-seed{seed}.pt")
         resume = args.resume and (os.path.exists(path) or not args.compare)
-        run = train(settings, data, device, path, resume)
-        runs.setdefault(model, []).append(run)
-        rows.append(result(model, settings, data, device, run))
+        trained = train(settings, data, device, path, resume)
+        runs[model].append(trained)
+        rows.append(result(model, settings, data, device, trained))
+
     if RANK == 0 and args.compare:
         write_rows(f"results/{name}.csv", rows)
         title = f"{data.name}, seeds {', '.join(map(str, seeds))}"
-        if recipe["recipe"] == "poster":
-            draw_rows(f"figures/{name}.png", rows, data, title)
-        else:
-            draw_runs(f"figures/{name}.png", runs, recipe, title)
+        draw_runs(f"figures/{name}.png", runs, title)
         print_table(rows)
     if RANK == 0 and recipe["task"] == "next-pixel":
         draw_completions(f"figures/{name}_completions.png", runs, data)
@@ -943,9 +1010,16 @@ def main():
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main():
+    """The command. A mistake is answered in one line."""
     try:
-        main()
-    except (KeyboardInterrupt, BrokenPipeError):   # the latter: `| head` has seen enough
+        run(*parse(sys.argv[1:]))
+    except (KeyboardInterrupt, BrokenPipeError):       # the latter: `| head` has seen enough
         print("\ntrain_mnist.py: stopped; a training goes on with --resume", file=sys.stderr)
         os._exit(130)                    # at once: PyTorch's clean-up takes most of a second
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        sys.exit(f"train_mnist.py: {first_line(error)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,35 +9,34 @@
     torchrun --nproc_per_node=2 train_shakespeare.py   each of two processes takes half the batch
 
 A token is a character. The loss is -ln p of the next character, in nats, or -log₂ p, in bits. The
-first 90 % of the text are trained on, and the loss is measured on the whole last 10 %,
-in two ways. In blocks, the model forgets everything after 128 characters; streaming, it reads from
-one end to the other and carries its state, which costs no more: that is what a recurrence is for.
-Expect 1.42 nats streaming.
+model is trained on the first 90 % of the text. The validation loss is measured on the last 10 %, in
+two ways. In blocks, the model forgets everything after 128 characters. Streaming, it reads from one
+end to the other and carries its state; this costs no more, and is the point of a recurrence. Expect
+1.42 nats streaming.
 
-It is trained as it is used. The rows of a batch are 32 places in the text, and the next batch goes
-on where this one stopped, from the states that it left behind; the gradient stops there (truncated
-backpropagation through time). An epoch reads the text once, and each epoch from other places. Now
-and then a row forgets its state, so that the model also learns to begin. All of that is in `train`.
+Training carries the state from batch to batch, as generation does. The rows of a batch are 32
+places in the text. The next batch goes on where this one stopped, from the states that it left
+behind; the gradient stops there (truncated backpropagation through time). Each epoch reads the text
+once, from a new random offset. Now and then a row forgets its state, so that the model also learns
+to begin. All of this is in `train`.
 
-Without a network and without a file, the help texts of Python itself stand in for Shakespeare; that
-is announced, and all results carry their name.
+Without a network and without a file, the help texts of Python itself stand in for Shakespeare. The
+script announces this, and all results carry their name.
 Read before: block.py, train_mnist.py. Read next: visualize_delta.py.
 """
 import argparse
 import copy
 import csv
 import hashlib
-import itertools
+import io
 import math
 import os
-import pickle
 import platform
 import shlex
-import signal
 import socket
 import sys
 import time
-import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -51,14 +50,14 @@ from block import MambaLM, State, generate, parameter_groups
 
 matplotlib.use("Agg")            # figures are files: no window is opened
 
-# Each value, a number, is also a flag: one that you add here is a flag, and is in every checkpoint.
+# Each value, a number, is also a flag, and stands in every checkpoint: so does one that you add.
 RECIPE = dict(
     seed=0,                      # of weights, places in the text, and what is forgotten
     epochs=10,                   # with more, the validation loss rises again
     batch=32,                    # rows: places in the text that are read side by side
     block=128,                   # characters of each row per step; the gradient reaches back so far
     lr=1.5e-2,                   # at its peak; on held-out training text 1e-2 ends 0.02 nats higher
-    weight_decay=0.3,            # strong: or half a million parameters would learn the million
+    weight_decay=0.3,            # strong, or half a million parameters would learn the million
                                  # characters by heart. 0.15 ends 0.02 nats higher there
     average=0.998,               # decay of the averaged weights, used to evaluate and to generate
     forget=0.05,                 # chance that a row forgets its state before a step
@@ -73,28 +72,115 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # --------------------------------------------------------------------------------------------------
 # Training: the loop, and what it needs.
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun
-STOP = []            # Ctrl-C and SIGTERM append to this list; the loop looks at it after each step
+TORCHRUN = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+SAVE_EVERY = 100     # steps; besides, at the end of each epoch
 
 
-def ask_to_stop(number, _):
-    """What a signal calls: it may come in the middle of a step, so it only leaves a note."""
-    if STOP:
-        raise KeyboardInterrupt          # asked twice: at once
-    STOP.append(number)
+class Run(NamedTuple):
+    """A finished training."""
+    average: torch.nn.Module     # the averaged weights
+    log: list                    # of each step: loss, fraction right, seconds of training so far
+    scores: list                 # of each epoch: validation losses, streaming and in blocks
 
 
-def seed_for(seed, what, number=0):
-    """A seed for one purpose. Hashed, since PyTorch's CPU generator reads 32 bits of a seed."""
-    text = f"{seed} {what} {number}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+def train(recipe, text, device, path, resume):
+    """Train one model, saving to path: -> Run.
+
+    Every random draw is a function of (seed, step). So a checkpoint needs no random state, and a
+    training that was killed goes on from the last checkpoint to the weights it would have had.
+    """
+    b, block = recipe["batch"], recipe["block"]
+    steps_per_epoch = (len(text.train) - 1) // (b * block)
+    steps = recipe["epochs"] * steps_per_epoch
+    torch.manual_seed(seed_for(recipe["seed"], "weights"))
+    model = build(recipe, text.vocabulary).to(device)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    groups = parameter_groups(model, recipe["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+    # The rule: whatever lives from one step to the next must be in the checkpoint, or a resumed
+    # training ends in other weights. These are the modules; the log, which counts the steps; and
+    # the states, which are what the rows remember.
+    modules = {"model": model, "average": average, "optimizer": optimizer}
+    facts = facts_of(text) | {"recipe": recipe}
+    log, scores, states = [], [], None
+    if resume:
+        log, scores, states = resume_from(path, facts, modules, device)
+    # The first save comes at once: so a folder that cannot be written is noticed now.
+    save_checkpoint(path, facts, modules, log, scores, states, keep_old=not resume)
+    print_opening(recipe, text, model, device)
+    print(f"checkpoint {path}, step {len(log)} of {steps}", flush=True)
+    net = DistributedDataParallel(model) if PROCESSES > 1 else model
+
+    for step in range(len(log), steps):
+        start = time.perf_counter()
+
+        # This step's learning rate and seed. Whatever is drawn from here on in this step (what is
+        # forgotten; a dropout, if you add one) depends on (seed, step) alone, and is the same in
+        # all processes, for the whole batch.
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step, steps)
+        torch.manual_seed(seed_for(recipe["seed"], "forget", step))
+        forget = torch.rand(b, 1, 1) < recipe["forget"]            # by chance, a few rows
+
+        # The characters of each row, and those that come next; under torchrun each process takes
+        # its share of rows.
+        share = [t.chunk(PROCESSES)[RANK] for t in (*batch(recipe, text, step), forget)]
+        inputs, targets, forget = (t.to(device) for t in share)
+
+        # Forward: from the states that the last step left, except where a row forgets. Where an
+        # epoch begins, at other places in the text, there are no states, and all rows begin anew.
+        if states is not None:
+            states = [State(*(t.masked_fill(forget, 0) for t in state)) for state in states]
+        logits, states = net(inputs, states)                       # (b, block, vocabulary)
+        logits, targets = logits.flatten(0, 1), targets.flatten()
+        loss = F.cross_entropy(logits, targets)
+
+        # Backward: through these characters only. The states go on to the next step as numbers,
+        # cut from the graph, or the gradient would reach back to the beginning of the epoch.
+        # Clipping keeps one bad batch from throwing the weights far.
+        optimizer.zero_grad()
+        loss.backward()
+        states = [State(*(t.detach() for t in state)) for state in states]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not math.isfinite(loss.item() + norm.item()):
+            raise ValueError(f"not finite at step {step + 1}: start again with a smaller --lr")
+
+        # The update; then the average of the weights. Its decay begins at about 1 - 9/step, so
+        # it spans the last ninth of the steps; later it spans some 1 / (1 - average) of them.
+        optimizer.step()
+        decay = min(recipe["average"], (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, weight in zip(average.parameters(), model.parameters()):
+                mean.lerp_(weight, 1 - decay)
+
+        # The log (under torchrun, of this process's share).
+        right = (logits.argmax(1) == targets).float().mean()
+        seconds = (log[-1][2] if log else 0.0) + time.perf_counter() - start
+        log.append((loss.item(), right.item(), seconds))
+        if (step + 1) % 20 == 0 and sys.stdout.isatty():           # log files stay short
+            print(progress(log, steps, 100), end="\r", flush=True)
+
+        # Where an epoch ends, the averaged weights are validated, and write a few lines. There, and
+        # now and then, save; but several processes, which have the states of their own rows only,
+        # save where an epoch ends and the states are not needed any more.
+        epoch_ends = (step + 1) % steps_per_epoch == 0
+        if epoch_ends:
+            states = None
+            stream = stream_loss(average, text)
+            scores.append((stream, block_losses(average, text, block).mean().item()))
+            print(f"  epoch {len(scores)}{progress(log, steps, steps_per_epoch)}")
+            print_epoch(average, text, recipe, scores)
+        if epoch_ends or ((step + 1) % SAVE_EVERY == 0 and PROCESSES == 1):
+            save_checkpoint(path, facts, modules, log, scores, states)
+    return Run(average, log, scores)
 
 
-def learning_rate(step, steps, peak):
-    """A line from 0 to peak over the first tenth of the steps, then a cosine to 0."""
-    part = (step + 1) / steps
-    fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (part - 0.1) / 0.9)))
-    return peak * min(part / 0.1, fall)
+def build(recipe, vocabulary):
+    """The model of a recipe: -> MambaLM."""
+    return MambaLM(len(vocabulary), recipe["d_model"], recipe["layers"])
 
 
 def batch(recipe, text, step):
@@ -107,135 +193,25 @@ def batch(recipe, text, step):
     steps_per_epoch = (n - 1) // (b * block)
     epoch, i = divmod(step, steps_per_epoch)
     generator = torch.Generator().manual_seed(seed_for(recipe["seed"], "start", epoch))
-    start, length = torch.randint(n, (1,), generator=generator), steps_per_epoch * block
-    rows = start + length * torch.arange(b).unsqueeze(1)                       # (b, 1)
-    index = (rows + i * block + torch.arange(block + 1)) % n                   # (b, block+1)
+    start = torch.randint(n, (1,), generator=generator)
+    length = steps_per_epoch * block
+    rows = start + length * torch.arange(b).unsqueeze(1)           # (b, 1)
+    index = (rows + i * block + torch.arange(block + 1)) % n       # (b, block+1)
     characters = text.train[index.to(text.train.device)]
     return characters[:, :-1], characters[:, 1:]
 
 
-class Run(NamedTuple):
-    """A finished training."""
-    average: torch.nn.Module     # the averaged weights
-    log: list                    # of each step: loss, fraction right, seconds of training so far
-    scores: list                 # of each epoch: validation losses, streaming and in blocks
-    parameters: int
+def seed_for(seed, what, number=0):
+    """A seed for one purpose. Hashed, since PyTorch's CPU generator reads 32 bits of a seed."""
+    text = f"{seed} {what} {number}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-def train(recipe, text, device, path, resume):
-    """Train one model, saving to path: -> Run.
-
-    Every random draw is a function of (seed, step). So a checkpoint holds no random state, and a
-    run that was stopped goes on to the weights that it would have had.
-    """
-    b, block = recipe["batch"], recipe["block"]
-    steps_per_epoch = (len(text.train) - 1) // (b * block)
-    steps = recipe["epochs"] * steps_per_epoch
-    torch.manual_seed(seed_for(recipe["seed"], "weights"))
-    try:
-        model = MambaLM(len(text.vocabulary), recipe["d_model"], recipe["layers"]).to(device)
-    except (ValueError, RuntimeError) as error:    # RuntimeError: too large for the memory
-        sys.exit(f"train_shakespeare.py: no such model: {first_line(error)}")
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe["weight_decay"]),
-                                  lr=recipe["lr"], betas=(0.9, 0.95))
-    modules = {"model": model, "average": average, "optimizer": optimizer}
-    step, states, log, scores = 0, None, [], []    # see Run; states: what the rows remember
-    if resume:
-        step, states, log, scores = load(path, recipe, text, modules, device)
-    else:
-        set_aside(path)
-    # Saved at once: a folder that cannot be written is noticed now, and not in an hour.
-    save(path, recipe, text, modules, step, states, log, scores)
-    net = DistributedDataParallel(model) if PROCESSES > 1 else model
-    parameters, size = sum(p.numel() for p in model.parameters()), len(text.vocabulary)
-    print(f"{summary(text)}\nparameters {parameters}  seed {recipe['seed']}  device "
-          f"{describe(device)}  torch {torch.__version__}\nloss of a blind guess ln {size} = "
-          f"{math.log(size):.4f}\ncheckpoint {path}, step {step} of {steps}", flush=True)
-
-    for epoch in range(len(scores), recipe["epochs"]):
-        while step < (epoch + 1) * steps_per_epoch:
-            start = time.perf_counter()
-
-            # This step's learning rate, and its seed: whatever is drawn from here on in this step
-            # (what is forgotten; a dropout, if you add one) is a function of (seed, step). Under
-            # torchrun all processes draw the same, for the whole batch.
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, recipe["lr"])
-            torch.manual_seed(seed_for(recipe["seed"], "forget", step))
-
-            # Which rows forget: a few, by chance. (Where an epoch begins, at other places in the
-            # text, there are no states yet, and all begin anew.)
-            forget = torch.rand(b, 1, 1) < recipe["forget"]
-
-            # The next characters of each row; under torchrun each process takes its share of rows.
-            inputs, targets, forget = (t.chunk(PROCESSES)[RANK].to(device)
-                                       for t in (*batch(recipe, text, step), forget))
-
-            # Forward: from the states that the last step left, except where a row forgets.
-            if states is not None:
-                states = [State(*(t.masked_fill(forget, 0) for t in state)) for state in states]
-            logits, states = net(inputs, states)
-            logits, targets = logits.flatten(0, 1), targets.flatten()
-            loss = F.cross_entropy(logits, targets)
-
-            # Backward: through these characters only. The states go on to the next step as numbers,
-            # cut from the graph, or the gradient would reach back to the beginning of the epoch.
-            # Clipped, so that one bad batch cannot throw the weights far.
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            states = [State(*(t.detach() for t in state)) for state in states]
-
-            # What to log, and whether anybody asked to stop. Under torchrun all of that is averaged
-            # over the processes, so that they agree and stop after the same step.
-            hits = (logits.detach().argmax(1) == targets).float().mean()
-            seen = torch.stack([loss.detach(), hits, torch.full_like(hits, len(STOP))])
-            if PROCESSES > 1:
-                dist.all_reduce(seen.div_(PROCESSES))
-            loss, hits, stopping = seen.tolist()
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                sys.exit(f"train_shakespeare.py: loss {loss:.3g}, gradient {norm:.3g} at step "
-                         f"{step + 1}: not finite. Start again with a smaller --lr")
-
-            # The update; then the average of the weights. Its decay begins at about 1 - 9/step, so
-            # it spans the last ninth of the steps; later it spans some 1 / (1 - average) of them.
-            optimizer.step()
-            decay = min(recipe["average"], (1 + step) / (10 + step))
-            with torch.no_grad():
-                for mean, weight in zip(average.parameters(), model.parameters()):
-                    mean.lerp_(weight, 1 - decay)
-
-            # Log, show, and stop if asked to. Several processes have the states of their own rows
-            # only, so they save where an epoch ends, and there alone.
-            before = log[-1][2] if log else 0.0
-            log.append((loss, hits, before + time.perf_counter() - start))
-            step += 1
-            if step % 20 == 0 and sys.stdout.isatty():     # log files stay short
-                print("\r" + progress(log, steps, 100), end="  ", flush=True)
-            if stopping and PROCESSES == 1:
-                save(path, recipe, text, modules, step, states, log, scores)
-            if stopping:
-                raise KeyboardInterrupt
-
-        # The end of an epoch: save, evaluate the averaged weights, save, and let them write. The
-        # states are not needed any more: where the next epoch begins, every row forgets.
-        states = None
-        save(path, recipe, text, modules, step, states, log, scores)
-        stream = stream_loss(average, text)
-        blocks = block_losses(average, text, block).mean().item()
-        scores.append((stream, blocks))
-        save(path, recipe, text, modules, step, states, log, scores)
-        begin = encode("\n" if "\n" in text.vocabulary else text.vocabulary[0], text.vocabulary)
-        sample = generate(average, begin.to(device), 200, temperature=0.8,
-                          seed=seed_for(recipe["seed"], "sample", len(scores)))
-        sample = "".join(text.vocabulary[token] for token in sample).strip()
-        print(("\r" if sys.stdout.isatty() else "")
-              + f"  epoch {epoch + 1}" + progress(log, steps, steps_per_epoch) + "\n    validation "
-              f"{stream:.4f} nats = {stream / math.log(2):.4f} bits streaming, {blocks:.4f} nats = "
-              f"{blocks / math.log(2):.4f} bits in blocks\n      | "
-              + sample.replace("\n", "\n      | "), flush=True)
-    return Run(average, log, scores, parameters)
+def learning_rate(recipe, step, steps):
+    """A line from 0 to lr over the first tenth of the steps, then a cosine to 0."""
+    part = (step + 1) / steps
+    fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (part - 0.1) / 0.9)))
+    return recipe["lr"] * min(part / 0.1, fall)
 
 
 @torch.no_grad()
@@ -246,8 +222,6 @@ def stream_loss(model, text, piece=4096):
     """
     total, states, tokens = 0.0, None, text.valid
     for x, y in zip(tokens[:-1].split(piece), tokens[1:].split(piece)):
-        if STOP and PROCESSES == 1:      # several processes stop together, at the next step
-            raise KeyboardInterrupt
         logits, states = model(x.unsqueeze(0), states)
         total += F.cross_entropy(logits[0], y, reduction="sum").item()
     return total / (len(tokens) - 1)
@@ -257,28 +231,55 @@ def stream_loss(model, text, piece=4096):
 def block_losses(model, text, block):
     """The same in blocks that are read on their own: -> the loss of each character, (N - 1,).
 
-    What a Transformer with a context of so many characters would be asked.
+    This is what a Transformer with a context of so many characters would be asked.
     """
-    x, y, losses = text.valid[:-1], text.valid[1:], []
+    x, y = text.valid[:-1], text.valid[1:]
     even = len(x) // block * block
-    batches = list(zip(x[:even].view(-1, block).split(64), y[:even].view(-1, block).split(64)))
+    inputs = list(x[:even].view(-1, block).split(64))
+    targets = list(y[:even].view(-1, block).split(64))
     if even < len(x):                    # the rest of the text, shorter than a block
-        batches.append((x[None, even:], y[None, even:]))
-    for inputs, targets in batches:
-        if STOP and PROCESSES == 1:
-            raise KeyboardInterrupt
-        logits, _ = model(inputs)
-        losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none"))
+        inputs.append(x[None, even:])
+        targets.append(y[None, even:])
+    losses = []
+    for some, following in zip(inputs, targets):
+        logits = model(some)[0].flatten(0, 1)
+        losses.append(F.cross_entropy(logits, following.flatten(), reduction="none"))
     return torch.cat(losses)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is printed while a training runs.
+
+def print_opening(recipe, text, model, device):
+    """What is trained, on what, and the loss to begin with."""
+    parameters = sum(p.numel() for p in model.parameters())
+    train, valid, size = len(text.train), len(text.valid), len(text.vocabulary)
+    print(f"{text.name}: {train:,} characters for training, {valid:,} for validation")
+    print(f"parameters {parameters}  seed {recipe['seed']}")
+    print(f"device {describe(device)}, torch {torch.__version__}")
+    print(f"loss of a blind guess ln {size} = {math.log(size):.4f}")
 
 
 def progress(log, steps, window):
     """One line: how far the training is, and the means over the last `window` steps."""
-    part, seconds = log[-window:], log[-1][2]
-    loss, right = (sum(row[i] for row in part) / len(part) for i in (0, 1))
+    losses, hits, _ = zip(*log[-window:])
+    loss, percent = sum(losses) / len(losses), 100 * sum(hits) / len(hits)
+    seconds = log[-1][2]
     left = seconds / len(log) * (steps - len(log))
-    return (f"  step {len(log)}/{steps}  loss {loss:.4f}  accuracy {100 * right:.2f}  "
+    return (f"  step {len(log)}/{steps}  loss {loss:.4f}  accuracy {percent:.2f}  "
             f"{seconds:.0f} s, {left:.0f} s left")
+
+
+def print_epoch(model, text, recipe, scores):
+    """Both validation losses, and 200 characters that the model writes."""
+    for way, nats in zip(("streaming", "in blocks"), scores[-1]):
+        print(f"    validation {nats:.4f} nats = {nats / math.log(2):.4f} bits {way}")
+    first = "\n" if "\n" in text.vocabulary else text.vocabulary[0]
+    prompt = encode(first, text.vocabulary).to(text.train.device)
+    seed = seed_for(recipe["seed"], "sample", len(scores))
+    tokens = generate(model, prompt, 200, temperature=0.8, seed=seed)
+    sample = "".join(text.vocabulary[token] for token in tokens).strip()
+    print("      | " + sample.replace("\n", "\n      | "), flush=True)
 
 
 def choose_device(name):
@@ -289,119 +290,115 @@ def choose_device(name):
         if name == "cuda":               # torchrun counts the processes of one machine
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=name)
-    except Exception:                    # its kind depends on how torch was built
-        sys.exit(f"train_shakespeare.py: there is no device {name} here: use --device cpu")
+    except (RuntimeError, AssertionError) as error:        # it depends on how torch was built
+        raise ValueError(f"there is no device {name} here: use --device cpu") from error
     return torch.device(name)
 
 
 def describe(device):
-    """What it runs on, in a few words. Seconds mean nothing without it, nor does "bit for bit"."""
-    count = torch.get_num_threads()
-    name = f"{device.type} {platform.machine()} {count} thread{'s' if count > 1 else ''}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    return name + (f", {PROCESSES} processes" if PROCESSES > 1 else "")
+    """Recorded with each result: timings and bitwise equality depend on the machine and threads."""
+    name = f"{device.type} {platform.machine()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return f"{name}, threads {torch.get_num_threads()}, processes {PROCESSES}"
 
 
 # --------------------------------------------------------------------------------------------------
 # Files appear whole or not at all: a run that is killed, or a disk that is full, costs no file that
 # was there before.
 
-def write(path, make):
-    """Call make(a temporary path), then move what it wrote to path. Ends with one line if it can't.
+def write(path, make, keep_old=False):
+    """Call make(an open temporary file), then move the file to path.
 
-    os.replace is atomic: whoever looks at path sees the old file or the new one.
+    keep_old    what was at path becomes path.old, so that a forgotten --resume costs nothing
+    os.replace is atomic: whoever looks at path sees the old file or the new one. The process id in
+    the temporary name keeps two trainings of one name from writing into each other's file.
     """
+    part = f"{path}.{os.getpid()}.part"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        make(path + ".part")
-        os.replace(path + ".part", path)
-    except (OSError, RuntimeError) as error:       # torch.save calls a full disk a RuntimeError
-        sys.exit(f"train_shakespeare.py: cannot write {path} ({first_line(error)}): is the disk "
-                 f"full, or the folder read-only? What was there before is untouched")
+        with open(part, "wb") as file:
+            make(file)
+        if keep_old and os.path.exists(path):
+            os.replace(path, f"{path}.old")
+            print(f"the earlier {path} is now {path}.old")
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
 
 
 def write_rows(path, rows):
-    """A CSV file of dictionaries that have the same keys; an earlier one is set aside."""
-    def make(part):
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    set_aside(path)
-    write(path, make)
+    """A CSV file of dictionaries that have the same keys; an earlier one becomes path.old."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, lambda file: file.write(text.getvalue().encode()), keep_old=True)
 
 
-def set_aside(path):
-    """Rename what is at path: whoever forgets --resume, or a --name, loses nothing."""
-    if RANK == 0 and os.path.exists(path):
-        old = next(old for i in itertools.count(1) if not os.path.exists(old := f"{path}.old{i}"))
-        try:
-            os.replace(path, old)
-        except OSError as error:
-            sys.exit(f"train_shakespeare.py: cannot rename {path} ({first_line(error)})")
-        print(f"an earlier {path} was there, and is now {old}")
-
-
-def save(path, recipe, text, modules, step, states, log, scores):
-    """A checkpoint: all that `train` needs to go on, and that others need to rebuild the model."""
-    state = {"recipe": recipe, "text": summary(text), "vocabulary": text.vocabulary, "step": step,
-             "states": states and [list(state) for state in states], "log": log, "scores": scores,
-             **{name: module.state_dict() for name, module in modules.items()}}
+def save_checkpoint(path, facts, modules, log, scores, states, keep_old=False):
+    """All that `train` needs to go on, and that others need to rebuild the model and use it."""
+    checkpoint = {**facts, "log": log, "scores": scores}
+    checkpoint["states"] = states and [list(state) for state in states]
+    for name, module in modules.items():
+        checkpoint[name] = module.state_dict()
     if RANK == 0:
-        write(path, lambda part: torch.save(state, part))
+        write(path, lambda file: torch.save(checkpoint, file), keep_old)
+
+
+def resume_from(path, facts, modules, device):
+    """Fill the modules from a checkpoint: -> log, scores, states.
+
+    Raises ValueError if the checkpoint has other settings, another text or other modules.
+    """
+    checkpoint = read_checkpoint(path)
+    # A setting that is newer than the checkpoint is not in it: it had its default value then.
+    theirs = RECIPE | checkpoint.get("recipe", {}) | {"text": checkpoint.get("text")}
+    ours = facts["recipe"] | {"text": facts["text"]}
+    for setting, value in ours.items():
+        if theirs.get(setting) != value:
+            raise ValueError(f"{path} was made with {setting} {theirs.get(setting)}, not {value}. "
+                             f"Use that, or start without --resume")
+    if PROCESSES > 1 and checkpoint["states"]:
+        raise ValueError(f"{path} was saved within an epoch: go on without torchrun")
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        problem = f"{path} has another model or optimizer: start without --resume"
+        raise ValueError(problem) from error
+    states = checkpoint["states"]
+    if states:
+        states = [State(*(t.to(device) for t in state)) for state in states]
+    return checkpoint["log"], checkpoint["scores"], states
 
 
 def read_checkpoint(path):
-    """What `save` wrote. Raises whatever zipfile and torch make of a missing or damaged file."""
-    with zipfile.ZipFile(path) as archive:         # torch.load does not look at the checksums
-        if archive.testzip():
-            raise ValueError("a checksum is wrong")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)     # runs no code
-    except pickle.UnpicklingError:       # torch's own words tell how to run it all the same
-        raise ValueError("it holds more than numbers, and might run code: delete it") from None
-
-
-def load(path, recipe, text, modules, device):
-    """Fill the modules from a checkpoint: -> step, states, log, scores; or end with one line."""
-    try:
-        state = read_checkpoint(path)
-        # A setting that is newer than the checkpoint is not in it: it had its default then.
-        theirs = RECIPE | state["recipe"] | {"text": state["text"]}
-        ours = recipe | {"text": summary(text)}
-        if other := [key for key in ours if theirs[key] != ours[key]]:
-            raise ValueError(f"made with {other[0]} {theirs[other[0]]}, not {ours[other[0]]}")
-        if PROCESSES > 1 and state["states"]:
-            raise ValueError("saved within an epoch by one process, which must go on alone")
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        states = state["states"] and [State(*(t.to(device) for t in s)) for s in state["states"]]
-        return state["step"], states, state["log"], state["scores"]
-    except Exception as error:
-        sys.exit(f"train_shakespeare.py: cannot go on from {path} ({first_line(error)}): start "
-                 f"without --resume, or use the settings that made it")
+    """A checkpoint, on the CPU. weights_only: nothing that is in the file is run as code."""
+    with open(path, "rb") as file:
+        try:
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:       # torch has many kinds for a damaged file
+            raise ValueError(f"{path} is damaged, or no checkpoint, or might run code") from error
 
 
 def load_model(path, device):
-    """The averaged MambaLM of a checkpoint, and its vocabulary, or one line and the end.
+    """The averaged MambaLM of a checkpoint, and its vocabulary. Raises ValueError if it has none.
 
     The vocabulary belongs to the weights: token 5 is a letter only by its place in there.
     """
-    try:
-        state = read_checkpoint(path)
-        model = MambaLM(len(state["vocabulary"]), state["recipe"]["d_model"],
-                        state["recipe"]["layers"])
-        model.load_state_dict(state["average"])
-        return model.to(device).eval(), state["vocabulary"]
-    except Exception as error:
-        sys.exit(f"train_shakespeare.py: cannot read a model from {path} ({first_line(error)}): "
-                 f"train one by python train_shakespeare.py, or name another with --checkpoint")
+    checkpoint = read_checkpoint(path)
+    if "vocabulary" not in checkpoint:
+        raise ValueError(f"{path} holds no language model")
+    model = build(checkpoint["recipe"], checkpoint["vocabulary"])
+    model.load_state_dict(checkpoint["average"])
+    return model.to(device).eval(), checkpoint["vocabulary"]
 
 
 def first_line(error):
     """What went wrong, in one line; the type of the error if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------
@@ -415,19 +412,23 @@ class Text(NamedTuple):
     valid: torch.Tensor
 
 
-def summary(text):
-    """Name, sizes, and a hash: a checkpoint goes on with the same text only."""
-    digest = hashlib.sha256(torch.cat([text.train, text.valid]).cpu().numpy().tobytes()).hexdigest()
-    return (f"{text.name}: {len(text.train):,} characters for training, {len(text.valid):,} for "
-            f"validation, vocabulary {len(text.vocabulary)}, sha256 {digest[:16]}")
+def facts_of(text):
+    """What a checkpoint says of its text: the vocabulary, which belongs to the weights; a hash."""
+    digest = hashlib.sha256(text.vocabulary.encode())
+    for tokens in (text.train, text.valid):
+        digest.update(tokens.cpu().numpy())
+    sizes = f"{len(text.train):,} + {len(text.valid):,} characters"
+    fingerprint = f"{sizes}, sha256 {digest.hexdigest()[:16]}"
+    return {"name": text.name, "vocabulary": text.vocabulary, "text": fingerprint}
 
 
 def encode(string, vocabulary):
-    """-> (l,) int64. Ends with one line for a character that is not in the vocabulary."""
+    """-> (l,) int64. Raises ValueError for a character that is not in the vocabulary."""
     unknown = "".join(sorted(set(string) - set(vocabulary)))
-    if unknown or not string:
-        sys.exit("train_shakespeare.py: the prompt " + (
-            f"has {unknown!r}, which the model has never seen" if unknown else "is empty"))
+    if unknown:
+        raise ValueError(f"the prompt has {unknown!r}, which the model has never seen")
+    if not string:
+        raise ValueError("the prompt is empty")
     return torch.tensor([vocabulary.index(character) for character in string])
 
 
@@ -447,35 +448,46 @@ def load_text(data_dir, source="auto", path=None):
     """The file at path, or else TinyShakespeare from data_dir, downloaded if need be: -> Text.
 
     source    "auto": Python's help texts if it cannot be had; "real" and "synthetic" insist
-    Ends with one line if a file is missing, damaged or no UTF-8, or if "real" cannot be had.
+    Raises OSError or ValueError if a file is missing, damaged or not UTF-8.
     """
     if path is not None:
-        name, digest = text_name(path), None
-    elif source == "synthetic":
+        return as_text(text_name(path), read_text(path))
+    if source == "synthetic":
         return help_texts()
-    else:
-        name, digest, path = "shakespeare", SHA256, os.path.join(data_dir, "tinyshakespeare.txt")
+    path = os.path.join(data_dir, "tinyshakespeare.txt")
     try:
-        if digest and not os.path.exists(path):
-            socket.setdefaulttimeout(10)           # a download that stalls is given up
-            os.makedirs(data_dir, exist_ok=True)
-            torch.hub.download_url_to_file(URL, path, digest, progress=False)      # verifies it
-        with open(path, encoding="utf-8") as file:
-            string = file.read()
-        if digest and hashlib.sha256(string.encode()).hexdigest() != digest:
-            raise ValueError("this is not the published text: delete it")
-        return as_text(name, string)
-    except Exception as error:           # no network, a broken download, no file, no UTF-8
+        return as_text("shakespeare", read_shakespeare(path))
+    except Exception as error:           # no network, a broken download, a damaged file
         problem = f"cannot read or download {path} ({first_line(error)})"
-        if digest is None:
-            sys.exit(f"train_shakespeare.py: {problem}: --text wants a file in UTF-8")
         # A file that is damaged is an accident that should be noticed: nothing stands in for it.
         if source == "real" or os.path.exists(path):
-            sys.exit(f"train_shakespeare.py: {problem}: connect to the network, give a UTF-8 text "
-                     f"by --text, or use --data synthetic")
-        print(f"{'!' * 100}\n{problem}.\nTraining on SYNTHETIC data instead, the help texts of "
-              f"Python: results say nothing about Shakespeare.\n{'!' * 100}", flush=True)
-        return help_texts()
+            raise ValueError(f"{problem}: connect to the network, or use --text FILE or "
+                             f"--data synthetic") from error
+    print("!" * 100)
+    print(f"{problem}.\nTraining on SYNTHETIC data instead, the help texts of Python: results say "
+          f"nothing about Shakespeare.")
+    print("!" * 100, flush=True)
+    return help_texts()
+
+
+def read_text(path):
+    """A UTF-8 file, with or without a byte order mark: -> str."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error})") from error
+
+
+def read_shakespeare(path):
+    """TinyShakespeare from path, downloaded if need be. Raises ValueError for another text."""
+    if not os.path.exists(path):
+        socket.setdefaulttimeout(10)     # a download that stalls is given up
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        torch.hub.download_url_to_file(URL, path, SHA256, progress=False)
+    string = read_text(path)
+    if hashlib.sha256(string.encode()).hexdigest() != SHA256:
+        raise ValueError("this is not the published text: delete it")
+    return string
 
 
 def text_name(path):
@@ -503,8 +515,8 @@ def help_texts():
 
 def changed(recipe):
     """What differs from RECIPE, as "lr=0.001,layers=2"; but for the seed, which has a column."""
-    return ",".join(f"{key}={value}" for key, value in recipe.items()
-                    if value != RECIPE[key] and key != "seed")
+    same = RECIPE | {"seed": recipe["seed"]}
+    return ",".join(f"{key}={recipe[key]}" for key in recipe if recipe[key] != same[key])
 
 
 def result(recipe, text, device, run):
@@ -512,27 +524,35 @@ def result(recipe, text, device, run):
 
     The losses are those of the last epoch, not of the best one.
     """
-    (stream, blocks), bit = run.scores[-1], math.log(2)
-    row = {"dataset": text.name, "seed": recipe["seed"], "params": run.parameters,
-           "epochs": recipe["epochs"], "val_loss_stream": f"{stream:.4f}",
-           "val_loss_block": f"{blocks:.4f}", "val_bits_stream": f"{stream / bit:.4f}",
-           "val_bits_block": f"{blocks / bit:.4f}", "seconds": f"{run.log[-1][2]:.0f}",
-           "recipe": f"shakespeare:{changed(recipe)}".strip(":")}
-    print("RESULT " + " ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    return row | {"device": describe(device), "torch": torch.__version__,
-                  "command": "python " + shlex.join(sys.argv)}
+    stream, blocks = run.scores[-1]
+    bit = math.log(2)
+    row = {
+        "dataset": text.name,
+        "seed": recipe["seed"],
+        "params": sum(p.numel() for p in run.average.parameters()),
+        "epochs": recipe["epochs"],
+        "val_loss_stream": f"{stream:.4f}",
+        "val_loss_block": f"{blocks:.4f}",
+        "val_bits_stream": f"{stream / bit:.4f}",
+        "val_bits_block": f"{blocks / bit:.4f}",
+        "seconds": f"{run.log[-1][2]:.0f}",
+        "recipe": f"shakespeare:{changed(recipe)}".strip(":"),
+    }
+    print("RESULT", *(f"{column}={value}" for column, value in row.items()), flush=True)
+    command = "python " + shlex.join(sys.argv)
+    return row | {"device": describe(device), "torch": torch.__version__, "command": command}
 
 
 def print_table(rows):
     """The README's table: mean ± standard deviation (n - 1) over the seeds."""
     print("\n| validation loss | nats per character | bits per character |\n|---|---|---|")
     for way in ("stream", "block"):
-        cells = []
+        cells = [way]
         for unit in ("loss", "bits"):
             values = torch.tensor([float(row[f"val_{unit}_{way}"]) for row in rows]).double()
             spread = f" ± {values.std():.4f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.4f}{spread}")
-        print(f"| {way} | {cells[0]} | {cells[1]} |")
+        print(f"| {' | '.join(cells)} |")
 
 
 def draw_loss(path, runs, recipe, text, title):
@@ -542,54 +562,72 @@ def draw_loss(path, runs, recipe, text, title):
     knows the block so far. Where the right curve meets the line of the streaming loss, more memory
     does not help any more.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    gray, red, blue, block = "#7f7f7f", "#d62728", "#1f77b4", recipe["block"]
-    per_step, seen = recipe["batch"] * block / 1e6, []
-    for i, (average, log, scores, _) in enumerate(runs):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    red, blue, block = "#d62728", "#1f77b4", recipe["block"]
+    millions = recipe["batch"] * block / 1e6               # characters per step
+    places = []
+    for i, run in enumerate(runs):
         hidden = "_" if i else ""        # a label that begins so stays out of the legend
-        losses = torch.tensor(log)[:, 0]
+        losses = torch.tensor(run.log)[:, 0]
         width = max(1, len(losses) // 100)                 # steps that a point is the mean of
         losses = losses.unfold(0, width, width).mean(1)
-        axes[0].plot(per_step * width * torch.arange(1, len(losses) + 1), losses, color=gray,
-                     linewidth=1, label=hidden + "training")
-        ends = per_step * len(log) / len(scores) * torch.arange(1, len(scores) + 1)
-        for way, color, name in ((1, blue, "in blocks"), (0, red, "streaming")):
-            axes[0].plot(ends, [score[way] for score in scores], "o-", color=color, markersize=3,
-                         label=f"{hidden}validation, {name}")
-        losses = block_losses(average, text, block).cpu()
-        seen.append(losses[:len(losses) // block * block].view(-1, block).mean(0))     # (block,)
+        read = millions * width * torch.arange(1, len(losses) + 1)
+        left.plot(read, losses, color="#7f7f7f", linewidth=1, label=hidden + "training")
+
+        stream, blocks = zip(*run.scores)
+        read = millions * len(run.log) / len(stream) * torch.arange(1, len(stream) + 1)
+        style = dict(marker="o", markersize=3)
+        left.plot(read, blocks, color=blue, label=hidden + "validation, in blocks", **style)
+        left.plot(read, stream, color=red, label=hidden + "validation, streaming", **style)
+
+        losses = block_losses(run.average, text, block).cpu()
+        even = losses[:len(losses) // block * block]
+        places.append(even.view(-1, block).mean(0))        # (block,)
     # The first losses are far above the rest, and would squeeze it into a flat line: cut them off.
-    low, high = axes[0].get_ylim()
-    axes[0].set(xlabel="characters read (millions)", ylabel="loss (nats per character)",
-                ylim=(low, min(high, low + 1)))
-    seen, ends = torch.stack(seen).mean(0), [2 ** i for i in range(30) if 2 ** i < block] + [block]
-    bins = [(start + 1, end) for start, end in zip([0] + ends, ends)]      # 1, 2, 3–4, 5–8, …
-    axes[1].plot([f"{start}–{end}" if start < end else f"{end}" for start, end in bins],
-                 [seen[start - 1:end].mean() for start, end in bins], "o-", color=blue,
-                 label="in blocks")
-    axes[1].axhline(sum(run.scores[-1][0] for run in runs) / len(runs), color=red,
-                    label="streaming: mean over the text")
-    axes[1].set(xlabel="place in the block (characters)", ylabel="validation loss (nats)")
-    for ax in axes:
+    low, high = left.get_ylim()
+    left.set_ylim(low, min(high, low + 1))
+    left.set(xlabel="characters read (millions)", ylabel="loss (nats per character)")
+
+    places = torch.stack(places).mean(0)
+    start, names, means = 0, [], []
+    while start < block:                                   # places 1, 2, 3–4, 5–8, …
+        end = min(max(1, 2 * start), block)
+        names.append(f"{start + 1}–{end}" if end > start + 1 else f"{end}")
+        means.append(places[start:end].mean())
+        start = end
+    right.plot(names, means, "o-", color=blue, label="in blocks")
+    mean = sum(run.scores[-1][0] for run in runs) / len(runs)
+    right.axhline(mean, color=red, label="streaming: mean over the text")
+    right.set(xlabel="place in the block (characters)", ylabel="validation loss (nats)")
+    for ax in (left, right):
         ax.grid(alpha=0.3, which="both")
         ax.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
-    write(path, lambda part: figure.savefig(part, dpi=120, format="png"))
+    write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Writing.
 
-def write_text(args, model, vocabulary, device):
+def write_text(args, device):
     """Continue a prompt on stdout, as it comes; at the end, say on stderr how fast it came.
 
     The speed does not depend on how much is written: try --tokens 100000.
     """
+    torch.set_num_threads(1)             # products this small gain nothing from a second thread
+    texts = [text_name(args.text)] if args.text else ["shakespeare", "synthetic-pydoc"]
+    names = [args.name or file_name(text, args.quick) for text in texts]
+    paths = [os.path.join(args.out, f"{name}-seed0.pt") for name in names]
+    path = args.checkpoint or next(filter(os.path.exists, paths), paths[0])
+    if not os.path.exists(path):
+        raise ValueError(f"there is no {path}: train a model, or name one by --checkpoint")
+    model, vocabulary = load_model(path, device)
+
     prompt = encode(args.generate, vocabulary).to(device)
     print(args.generate, end="", flush=True)
     start = time.perf_counter()
-    for token in generate(model, prompt, args.tokens, temperature=args.temperature,
-                          top_k=args.top_k, seed=args.seed):
+    how = dict(temperature=args.temperature, top_k=args.top_k, seed=args.seed)
+    for token in generate(model, prompt, args.tokens, **how):
         print(vocabulary[token], end="", flush=True)
     speed = args.tokens / (time.perf_counter() - start)
     print(f"\n\n{args.tokens:,} characters, {speed:,.0f} per second", file=sys.stderr)
@@ -598,47 +636,63 @@ def write_text(args, model, vocabulary, device):
 # --------------------------------------------------------------------------------------------------
 # The command line.
 
+def between(kind, low, high=math.inf):
+    """A type for argparse: a number of that kind, from low to high."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:     # also if it is nan
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
+        return value
+
+    return number
+
+
+# The type of a setting says what it may be; for some, more is known.
+KINDS = {int: between(int, 1), float: between(float, 0)}
+whole, fraction = between(int, 0), between(float, 0, 1)
+KINDS |= {"seed": whole, "layers": whole, "average": fraction, "forget": fraction}
+
+
 def parse(arguments):
     """-> all flags, and the recipe: the settings, with what the flags change.
 
     Each setting of RECIPE becomes a flag of the same type, with its value as the default.
     """
     p = argparse.ArgumentParser(
-        allow_abbrev=False, usage="train_shakespeare.py [--flag value ...]    (--help lists them)",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"The first {len(RECIPE)} flags are the settings of the training: the comments in "
-               f"RECIPE, at the top of this file, explain them.")
+        usage="train_shakespeare.py [--flag value ...]    (--help lists them)",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="RECIPE, at the top of this file, explains the settings.",
+        allow_abbrev=False,
+    )
     add = p.add_argument
     for setting, value in RECIPE.items():
-        add("--" + setting.replace("_", "-"), type=type(value), default=value,
-            metavar=type(value).__name__, help=f"default {value}")
-    add("--seeds", type=int, nargs="+", help="train once with each, then write table and figure")
-    add("--name", help="what the files of a run or table are called; default: the text")
+        kind = KINDS.get(setting, KINDS[type(value)])
+        add("--" + setting.replace("_", "-"), type=kind, default=value, metavar="VALUE",
+            help=f"default {value}")
+    add("--seeds", type=whole, nargs="+", help="train once with each: table and figure")
+    add("--name", help="what files are called; default: the text")
     add("--quick", action="store_true", help="one epoch of 164,000 characters")
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--text", metavar="FILE", help="train on this text, UTF-8")
     add("--generate", metavar="PROMPT", help="write instead of training; --seed: another text")
-    add("--tokens", type=int, default=1000, help="characters to write, default %(default)s")
-    add("--temperature", type=float, default=0.8,
+    add("--tokens", type=KINDS[int], default=1000, help="to write, default %(default)s")
+    add("--temperature", type=KINDS[float], default=0.8,
         help="1: as the model has it; 0: always the most likely; default %(default)s")
-    add("--top-k", type=int, help="draw among so many characters only, default all")
+    add("--top-k", type=KINDS[int], help="draw among so many characters only, default all")
     add("--checkpoint", help="to write from; default: that of the text and seed 0")
     add("--data", choices=["auto", "real", "synthetic"], default="auto",
         help="auto: Python's help texts if TinyShakespeare cannot be had; default %(default)s")
     add("--data-dir", default="data", help="default %(default)s")
     add("--out", default="checkpoints", help="folder for checkpoints, default %(default)s")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
-    # --quick changes a default, and no more: an --epochs that is given still counts.
-    if "--quick" in arguments:
+    if "--quick" in arguments:           # another default: an --epochs that is given still counts
         p.set_defaults(epochs=1)
     args = p.parse_args(arguments)
+
     recipe = {setting: getattr(args, setting) for setting in RECIPE}
-    for setting, value in [*vars(args).items(), *(("seeds", seed) for seed in args.seeds or [])]:
-        low = 1 if setting in ("epochs", "batch", "block", "d_model", "tokens", "top_k") else 0
-        high = 1 if setting in ("average", "forget") else 10 ** 9
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            p.error(f"--{setting.replace('_', '-')} must be from {low} to {high}, got {value}")
-    if args.seeds and {"--seed"} & {argument.split("=")[0] for argument in arguments}:
+    given = {argument.split("=")[0] for argument in arguments}
+    if args.seeds and "--seed" in given:
         p.error("--seed is for one run, and --seeds for several")
     if args.checkpoint and args.generate is None:
         p.error("--checkpoint is for --generate; --resume takes the file of --out and --name")
@@ -647,59 +701,66 @@ def parse(arguments):
     return args, recipe
 
 
-def main():
-    """Write a text; or train one model; or, with --seeds, several: then a table and a figure."""
-    args, recipe = parse(sys.argv[1:])
-    device = choose_device(args.device)
-    if args.generate is not None:
-        torch.set_num_threads(1)         # products this small gain nothing from a second thread
-        texts = [text_name(args.text)] if args.text else ["shakespeare", "synthetic-pydoc"]
-        names = [args.name or file_name(text, args.quick) for text in texts]
-        paths = [os.path.join(args.out, f"{name}-seed0.pt") for name in names]
-        path = args.checkpoint or next(filter(os.path.exists, paths), paths[0])
-        write_text(args, *load_model(path, device), device)
-        return
-
-    if recipe["batch"] % PROCESSES:
-        sys.exit(f"train_shakespeare.py: {PROCESSES} processes cannot share {recipe['batch']} rows")
-    if PROCESSES > 1:                    # the first one prints, downloads and writes files
+def prepare_text(args, device):
+    """The text, on the device. Under torchrun the first process prints and writes files."""
+    if args.batch % PROCESSES:
+        raise ValueError(f"{PROCESSES} processes cannot share {args.batch} rows")
+    if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
-            dist.barrier()
+    if RANK > 0:                         # wait until the first process has downloaded the text
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        dist.barrier()
     text = load_text(args.data_dir, args.data, args.text)
     if PROCESSES > 1 and RANK == 0:
         dist.barrier()
-    if args.quick:
-        text = Text(text.name + "-quick", text.vocabulary, text.train[:164000], text.valid[:16000])
-    if len(text.train) <= args.batch * args.block or len(text.valid) <= args.block:
-        sys.exit(f"train_shakespeare.py: {text.name} has {len(text.train)} characters for training "
-                 f"and {len(text.valid)} for validation, too few for a step of {args.batch} rows "
-                 f"of {args.block}: use a smaller --batch and --block")
-    text = text._replace(train=text.train.to(device), valid=text.valid.to(device))
 
-    # Ctrl-C must not hit between the gradient and the update: the step is done, then all is saved.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
-    name, rows, runs = args.name or file_name(text.name), [], []
+    train, valid = text.train, text.valid
+    if args.quick:
+        text = text._replace(name=text.name + "-quick")
+        train, valid = train[:164000], valid[:16000]
+    if len(train) <= args.batch * args.block or len(valid) <= args.block:
+        raise ValueError(f"{len(train)} characters for training and {len(valid)} for validation "
+                         f"are too few: use a smaller --batch and --block")
+    return text._replace(train=train.to(device), valid=valid.to(device))
+
+
+def run(args, recipe):
+    """Write a text; or train one model; or, with --seeds, several: then a table and a figure."""
+    device = choose_device(args.device)
+    if args.generate is not None:
+        write_text(args, device)
+        return
+    text = prepare_text(args, device)
+    name = args.name or file_name(text.name)
+
+    rows, runs = [], []
     seeds = list(dict.fromkeys(args.seeds or [args.seed]))
     for seed in seeds:
-        settings, path = recipe | {"seed": seed}, os.path.join(args.out, f"{name}-seed{seed}.pt")
+        settings = recipe | {"seed": seed}
+        path = os.path.join(args.out, f"{name}-seed{seed}.pt")
         resume = args.resume and (os.path.exists(path) or not args.seeds)
         runs.append(train(settings, text, device, path, resume))
         rows.append(result(settings, text, device, runs[-1]))
+
     if RANK == 0 and args.seeds:
         write_rows(f"results/{name}.csv", rows)
-        draw_loss(f"figures/{name}_loss.png", runs, recipe, text,
-                  f"{text.name}, seeds {', '.join(map(str, seeds))}")
+        title = f"{text.name}, seeds {', '.join(map(str, seeds))}"
+        draw_loss(f"figures/{name}_loss.png", runs, recipe, text, title)
         print_table(rows)
     if PROCESSES > 1:
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main():
+    """The command. A mistake is answered in one line."""
     try:
-        main()
-    except (KeyboardInterrupt, BrokenPipeError):   # the latter: `| head` has seen enough
+        run(*parse(sys.argv[1:]))
+    except (KeyboardInterrupt, BrokenPipeError):       # the latter: `| head` has seen enough
         print("\ntrain_shakespeare.py: stopped; a training goes on with --resume", file=sys.stderr)
         os._exit(130)                    # at once: PyTorch's clean-up takes most of a second
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        sys.exit(f"train_shakespeare.py: {first_line(error)}")
+
+
+if __name__ == "__main__":
+    main()

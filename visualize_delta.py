@@ -348,7 +348,7 @@ def look_at_digits(args, device):
     names = ("mnist", "synthetic_digits", "mnist_quick", "synthetic_digits_quick")
     states = trained_models(args, [f"{name}-bidirectional" for name in names],
                             "python train_mnist.py")
-    recipe, name = states[0]["recipe"], states[0].get("data", "").split(":")[0]
+    recipe, name = states[0]["recipe"], states[0].get("data", {}).get("name", "")
     for other in (state["recipe"] for state in states):
         if (other.get("dataset") not in ("mnist", "fashion") or other["layers"] == 0
                 or other["model"] in ("rnn", "s4") or not 1 < other.get("patch", 1) < 14
@@ -361,11 +361,12 @@ def look_at_digits(args, device):
     if args.index >= len(places):
         sys.exit(f"visualize_delta.py: {name} has {len(places)} test images of a {args.digit}: use "
                  f"a smaller --index")
-    pairs = [make_pair(state, lambda: train_mnist.build(state["recipe"], data).to(device))
+    pairs = [make_pair(state, lambda: train_mnist.build(state["recipe"], data)[0].to(device))
              for state in states]
 
     def read(model, images):
-        return read_images(model, train_mnist.prepare(recipe, data, images, None)[0].to(device))
+        inputs, _ = train_mnist.classification(data).prepare(images, None)
+        return read_images(model, inputs.to(device))
 
     # A thousand digits: every scan of every model, with the ink that it read.
     images, rows = data.test_images[:1000], []
@@ -470,9 +471,9 @@ def look_at_text(args, device):
     """Δ of every layer over the validation text: a figure, and results/delta_text.csv."""
     names = ("shakespeare", "synthetic_pydoc", "shakespeare_quick", "synthetic_pydoc_quick")
     states = trained_models(args, names, "python train_shakespeare.py")
-    name, rows, passages = states[0].get("text", "?").split(":")[0], [], []
+    name, rows, passages = states[0].get("name", "?"), [], []
     if name.replace("-", "_") not in names or any(
-            state.get("text", "?").split(":")[0] != name for state in states):
+            state.get("name", "?") != name for state in states):
         sys.exit("visualize_delta.py: only models of one text, Shakespeare or Python's help texts, "
                  "can be looked at: name others by --checkpoint")
     text = load_text(args.data_dir, "synthetic" if "pydoc" in name else "real", None)
@@ -1006,15 +1007,17 @@ def parse(arguments):
 
 def main():
     args = parse(sys.argv[1:])
-    device = choose_device(args.device)
     # The penalty makes Δ so small that numbers become denormal, and a CPU several times slower.
     # Threads inherit this when they start, so it comes before all work.
     torch.set_flush_denormal(True)
     try:
+        device = choose_device(args.device)
         for task in dict.fromkeys(args.task):
             TASKS[task](args, device)
     except KeyboardInterrupt:
         sys.exit("\nstopped: --resume takes what was trained to the end")
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"visualize_delta.py: {first_line(error)}")
 
 
 if __name__ == "__main__":
