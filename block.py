@@ -240,6 +240,16 @@ class MambaLM(nn.Module):
             new.append(state)
         return F.linear(self.norm_f(x), self.embedding.weight), new
 
+    def empty_states(self, b):
+        """The states of b texts before their first token: zeros, which is what None stands for."""
+        states = []
+        for layer in self.layers:
+            conv1d, s6 = layer.mixer.path.conv1d, layer.mixer.path.s6
+            window = s6.D.new_zeros(b, conv1d.kernel_size[0] - 1, conv1d.in_channels)
+            h = torch.zeros_like(s6.A_log.detach()).expand(b, -1, -1).clone()
+            states.append(State(window, h))
+        return states
+
     def step(self, tokens, states):
         """One token of each text: (b,), and the states so far -> logits (b, vocabulary), states."""
         x, new = self.embedding(tokens), []                                    # (b, d_model)

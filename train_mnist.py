@@ -55,7 +55,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import pil_to_tensor
 
-from block import MambaBlock, parameter_groups
+from block import MambaBlock, graphed, parameter_groups
 from rnn import RNN, S4Block, S4Stack
 from vision import BEGIN, GREYS, ImageClassifier, PixelLM, VisionMamba, complete
 
@@ -91,6 +91,7 @@ RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held 
     stem="conv",                         # from pixels to tokens: "conv", "deep", "patch"
     position="patches",                  # one vector per token; "axes": per row and column; "none"
     pool="mean",                         # of the tokens; "max"; "last", as in the classic RNN
+    discretization="euler",              # of Mamba, as its authors have it; or "zoh": see s6.py
     fuse="average",                      # of both branches; or "concat"
     d_model=64,                          # width of the residual stream
     layers=2,                            # S4 gets twice as many: its blocks are half as large
@@ -111,6 +112,7 @@ RECIPES["next-pixel"] = dict(
     seed=0, epochs=1, batch=16,
     lr=6e-3, schedule="cosine", clip=1.0, weight_decay=0.05, average=0.998,
     smoothing=0.0, bf16=False,
+    discretization="euler",
     d_model=96,
     layers=2,
     state=80,                            # S4: two blocks have the parameters of one Mamba block
@@ -202,7 +204,8 @@ def build(recipe, data):
             raise ValueError("next-pixel needs grey images, and --model causal or s4: the others "
                              "see the pixel that they must guess, or cannot go on from a state")
         if model == "causal":
-            blocks = [MambaBlock(d_model) for _ in range(layers)]
+            how = dict(discretization=recipe["discretization"])
+            blocks = [MambaBlock(d_model, **how) for _ in range(layers)]
         else:
             blocks = [S4Block(d_model, recipe["state"]) for _ in range(2 * layers)]
         return PixelLM(blocks, d_model, size), next_pixel()
@@ -216,8 +219,8 @@ def build(recipe, data):
         body = S4Stack(d_model, 2 * layers, recipe["state"])
         classifier = ImageClassifier(body, d_model, d_model, **frame)
     else:
-        how = dict(direction=model, fuse=recipe["fuse"])
-        classifier = VisionMamba(d_model, layers, **how, **frame)
+        how = {key: recipe[key] for key in ("fuse", "discretization")}
+        classifier = VisionMamba(d_model, layers, direction=model, **how, **frame)
     return classifier, classification(data)
 
 
@@ -261,7 +264,15 @@ def train(recipe, data, device, path, resume):
     save_checkpoint(path, facts, modules, log, scores, keep_old=not resume)
     print_opening(recipe, data, model, task, device)
     print(f"checkpoint {path}, step {len(log)} of {steps}", flush=True)
-    net = DistributedDataParallel(model) if PROCESSES > 1 else model
+    # cache_enabled=False: a recorded graph must not read casts of weights from an earlier step.
+    autocast = torch.autocast(device.type, torch.bfloat16, recipe["bf16"], cache_enabled=False)
+    net = model
+    if PROCESSES > 1:
+        net = DistributedDataParallel(model)
+    elif device.type == "cuda":          # or the GPU would mostly wait for Python
+        inputs, _ = task.prepare(*batch(recipe, data, 0))
+        with autocast:
+            net = graphed(model, inputs)
 
     for step in range(len(log), steps):
         start = time.perf_counter()
@@ -278,7 +289,7 @@ def train(recipe, data, device, path, resume):
 
         # Forward: logits (b, classes). Those of next-pixel, (b, h·w, 256), hold a guess for each
         # pixel of each image: (b · h·w, 256).
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe["bf16"]):
+        with autocast:
             logits = net(inputs)
         logits, targets = logits.float().flatten(0, -2), targets.flatten()
         loss = F.cross_entropy(logits, targets, label_smoothing=recipe["smoothing"])

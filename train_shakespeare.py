@@ -46,11 +46,11 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from torch.nn.parallel import DistributedDataParallel
 
-from block import MambaLM, State, generate, parameter_groups
+from block import MambaLM, State, generate, graphed, parameter_groups
 
 matplotlib.use("Agg")            # figures are files: no window is opened
 
-# Each value, a number, is also a flag, and stands in every checkpoint: so does one that you add.
+# Each value is also a flag, and stands in every checkpoint: so does one that you add.
 RECIPE = dict(
     seed=0,                      # of weights, places in the text, and what is forgotten
     epochs=10,                   # with more, the validation loss rises again
@@ -61,6 +61,7 @@ RECIPE = dict(
                                  # characters by heart. 0.15 ends 0.02 nats higher there
     average=0.998,               # decay of the averaged weights, used to evaluate and to generate
     forget=0.05,                 # chance that a row forgets its state before a step
+    discretization="euler",      # as Mamba's authors have it; or "zoh", zero-order hold: see s6.py
     d_model=128,
     layers=4,
 )
@@ -112,7 +113,12 @@ def train(recipe, text, device, path, resume):
     save_checkpoint(path, facts, modules, log, scores, states, keep_old=not resume)
     print_opening(recipe, text, model, device)
     print(f"checkpoint {path}, step {len(log)} of {steps}", flush=True)
-    net = DistributedDataParallel(model) if PROCESSES > 1 else model
+    net = model
+    if PROCESSES > 1:
+        net = DistributedDataParallel(model)
+    elif device.type == "cuda":          # or the GPU would mostly wait for Python
+        inputs, _ = batch(recipe, text, 0)
+        net = graphed(model, inputs, model.empty_states(b))
 
     for step in range(len(log), steps):
         start = time.perf_counter()
@@ -131,9 +137,10 @@ def train(recipe, text, device, path, resume):
         inputs, targets, forget = (t.to(device) for t in share)
 
         # Forward: from the states that the last step left, except where a row forgets. Where an
-        # epoch begins, at other places in the text, there are no states, and all rows begin anew.
-        if states is not None:
-            states = [State(*(t.masked_fill(forget, 0) for t in state)) for state in states]
+        # epoch begins, at other places in the text, all rows begin anew.
+        if states is None:
+            states = model.empty_states(len(inputs))
+        states = [State(*(t.masked_fill(forget, 0) for t in state)) for state in states]
         logits, states = net(inputs, states)                       # (b, block, vocabulary)
         logits, targets = logits.flatten(0, 1), targets.flatten()
         loss = F.cross_entropy(logits, targets)
@@ -179,8 +186,9 @@ def train(recipe, text, device, path, resume):
 
 
 def build(recipe, vocabulary):
-    """The model of a recipe: -> MambaLM."""
-    return MambaLM(len(vocabulary), recipe["d_model"], recipe["layers"])
+    """The model of a recipe: -> MambaLM. Raises ValueError for an unknown discretization."""
+    settings = {key: recipe[key] for key in ("d_model", "layers", "discretization")}
+    return MambaLM(len(vocabulary), **settings)
 
 
 def batch(recipe, text, step):
@@ -390,7 +398,7 @@ def load_model(path, device):
     checkpoint = read_checkpoint(path)
     if "vocabulary" not in checkpoint:
         raise ValueError(f"{path} holds no language model")
-    model = build(checkpoint["recipe"], checkpoint["vocabulary"])
+    model = build(RECIPE | checkpoint["recipe"], checkpoint["vocabulary"])
     model.load_state_dict(checkpoint["average"])
     return model.to(device).eval(), checkpoint["vocabulary"]
 
@@ -650,7 +658,7 @@ def between(kind, low, high=math.inf):
 # The type of a setting says what it may be; for some, more is known.
 KINDS = {int: between(int, 1), float: between(float, 0)}
 whole, fraction = between(int, 0), between(float, 0, 1)
-KINDS |= {"seed": whole, "layers": whole, "average": fraction, "forget": fraction}
+KINDS |= {str: str, "seed": whole, "layers": whole, "average": fraction, "forget": fraction}
 
 
 def parse(arguments):

@@ -53,6 +53,7 @@ from matplotlib.colors import TwoSlopeNorm
 from PIL import Image
 
 import train_mnist
+import train_shakespeare
 from block import MambaLM
 from rnn import RNN
 from s6 import S6
@@ -481,8 +482,8 @@ def look_at_text(args, device):
     kinds = kinds_of(string)
     masks = {kind: torch.tensor([k == kind for k in kinds]) for kind in KINDS}     # (l,) each
     for state in states:
-        pair = make_pair(state, lambda: MambaLM(len(text.vocabulary), state["recipe"]["d_model"],
-                                                state["recipe"]["layers"]).to(device))
+        pair = make_pair(state, lambda: train_shakespeare.build(
+            state["recipe"], text.vocabulary).to(device))
         curves = {look: read_text(model, text.valid.to(device)) for look, model in pair.items()}
         passages.append({look: ratio[:, PASSAGE] for look, ratio in curves.items()})
         rows += [{"model": look, "seed": state["recipe"]["seed"], "layer": layer,
