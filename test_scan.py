@@ -801,6 +801,28 @@ def test_the_vision_block_is_one_path_or_two_and_their_fusion():
         allow(f"{direction}, {fuse}", error(layer(x), x + y), 1e-14)
 
 
+def test_a_token_sees_the_same_margin_on_all_sides_of_its_patch():
+    """Catches: a stem off its centre. A scan from the other end would then see other margins, and
+    the ink that moves Δ would seem to lie earlier or later than it does."""
+    for kind, patch, margin in (("conv", 4, 4), ("conv", 2, 4), ("deep", 2, 8), ("patch", 4, 0)):
+        stem, seen = vision.Stem(1, 16, patch, kind).double(), 0
+        for seed in range(20):           # a random window has no centre, but their mean has
+            torch.manual_seed(seed)
+            for weight in stem.parameters():
+                torch.nn.init.normal_(weight)
+            images = torch.randn(1, 1, 28, 28, dtype=torch.float64, requires_grad=True)
+            tokens = stem(images)                                              # (1, l, 16)
+            side = 28 // patch           # tokens in a row; the one looked at is on the diagonal
+            token = side // 2 * (side + 1)
+            seen = seen + torch.autograd.grad(tokens[0, token].sum(), images)[0][0, 0].abs()
+        rows = (seen.sum(1) > 0).nonzero().flatten()                           # of 28
+        start = side // 2 * patch
+        print(f"    {kind}, patch of {patch}, rows {start} … {start + patch - 1}: sees "
+              f"{rows[0]} … {rows[-1]}")
+        assert rows[0] == start - margin and rows[-1] == start + patch - 1 + margin
+        assert torch.equal(seen.sum(0) > 0, seen.sum(1) > 0)
+
+
 def test_any_image_that_the_patch_divides():
     """Catches: 28×28 or one channel written into the model, a wrong pool, a position lost or given
     to another token."""
@@ -1077,7 +1099,7 @@ def command(line):
     """`python SCRIPT --flags`, in this process: -> exit code or last message, what it printed.
 
     A mistake is a SystemExit whose code is the message. argparse ends with code 2, and has printed
-    its message to stderr.
+    its message to stderr. All commands run on the CPU, where a run repeats bit for bit.
     """
     script, *flags = line.split()
     out, err = io.StringIO(), io.StringIO()
@@ -1085,6 +1107,7 @@ def command(line):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
                 patch.object(sys, "argv", [script, *flags]), \
                 patch.object(os, "_exit", sys.exit), \
+                patch.object(torch.cuda, "is_available", lambda: False), \
                 patch.object(train_mnist, "synthetic_digits", digits):
             code = sys.modules[script.removesuffix(".py")].main() or 0
     except SystemExit as stop:
@@ -1357,7 +1380,8 @@ def test_two_processes_equal_one():
         for line, path in ((f"{OWN} --position none", IMAGES), (TEXT, LANGUAGE)):
             script, *flags = line.split()
             two = subprocess.run([*torchrun, os.path.join(here, script), *flags],
-                                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+                                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1",
+                                                   "CUDA_VISIBLE_DEVICES": ""},
                                  capture_output=True, encoding="utf-8")
             assert two.returncode == 0 and two.stdout.count("RESULT") == 1, two.stdout + two.stderr
             runs(line)                   # what the two have made is set aside

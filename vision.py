@@ -56,10 +56,20 @@ class PixelNorm(RMSNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+def _conv(inputs, outputs, stride, **options):
+    """A convolution that shrinks the image by stride, 1 or 2, and is centred either way.
+
+    The window is 3×3 where the size stays and 4×4 where it halves: an output then sees one pixel
+    beyond its own on every side. A 3×3 window of stride 2 would see a pixel above and to the left
+    of its own four, and none below and to the right. A backward scan would then not be the mirror
+    image of a forward scan.
+    """
+    return nn.Conv2d(inputs, outputs, 2 + stride, stride=stride, padding=1, **options)
+
+
 def _conv_norm(inputs, outputs, stride):
-    """A 3×3 convolution that shrinks the image by stride, a norm, and a nonlinearity (SiLU)."""
-    return (nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
-            PixelNorm(outputs), nn.SiLU())
+    """A convolution that shrinks the image by stride, a norm, and a nonlinearity (SiLU)."""
+    return _conv(inputs, outputs, stride, bias=False), PixelNorm(outputs), nn.SiLU()
 
 
 class Stem(nn.Module):
@@ -67,12 +77,13 @@ class Stem(nn.Module):
 
     There are l = height/patch · width/patch tokens.
     "patch"  each patch of pixels is flattened and mapped linearly, as in ViT: no overlap
-    "conv"   for a patch of 2 or 4: three 3×3 convolutions that shrink the image by 1, 2 and
-             patch/2, the last one depthwise, and a linear map to d_model. The same tokens in the
-             same order, but each sees more than its patch: 9×9 pixels for a patch of 4
-    "deep"   for photographs: five full 3×3 convolutions, of d_model/4, d_model/2 and three times
+    "conv"   for a patch of 2 or 4: three convolutions that shrink the image by 1, 2 and patch/2,
+             the last one depthwise, and a linear map to d_model. The same tokens in the same
+             order, but each sees more than its patch, by the same margin on every side: 12×12
+             pixels for a patch of 4
+    "deep"   for photographs: five full convolutions, of d_model/4, d_model/2 and three times
              d_model channels. The first three shrink the image as above; the last two, on the small
-             image, are most of the work. Each token sees 25×25 pixels for a patch of 4, and so the
+             image, are most of the work. Each token sees 28×28 pixels for a patch of 4, and so the
              rows below it
     Raises ValueError for another kind, and a patch or d_model that the convolutions cannot have.
     """
@@ -83,7 +94,7 @@ class Stem(nn.Module):
         if _choose("stem", kind, STEMS) == "patch":
             self.net = nn.Conv2d(channels, d_model, patch, stride=patch)
             return
-        if patch not in (2, 4):      # 3×3 windows with a stride of patch/2 > 2 overlap no more
+        if patch not in (2, 4):          # see _conv: a stride is 1 or 2
             raise ValueError(f"the {kind} stem is made for a patch of 2 or 4, got {patch}: the "
                              f"stem \"patch\" takes any")
         if d_model < 4:
@@ -91,13 +102,13 @@ class Stem(nn.Module):
         if kind == "conv":
             self.net = nn.Sequential(
                 *_conv_norm(channels, 16, 1), *_conv_norm(16, 32, 2),
-                nn.Conv2d(32, 32, 3, stride=patch // 2, padding=1, groups=32),
+                _conv(32, 32, patch // 2, groups=32),
                 nn.Conv2d(32, d_model, 1))
         else:
             self.net = nn.Sequential(
                 *_conv_norm(channels, d_model // 4, 1), *_conv_norm(d_model // 4, d_model // 2, 2),
                 *_conv_norm(d_model // 2, d_model, patch // 2), *_conv_norm(d_model, d_model, 1),
-                nn.Conv2d(d_model, d_model, 3, padding=1))
+                _conv(d_model, d_model, 1))
 
     def forward(self, images):
         """Raises ValueError for another number of channels."""
