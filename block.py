@@ -81,6 +81,8 @@ def causal_conv(x, weight, bias, window=None):
     weight (d, 1, w), bias (d,); window (b, w-1, d): the inputs before the first token, None for 0.
     """
     (_, l, d), padding = x.shape, weight.shape[-1] - 1
+    if l == 0:
+        return x
     if window is not None:
         x, padding = torch.cat([window.to(x.dtype), x], 1), 0                  # (b, w-1+l, d)
     # (b, l, d) in memory is an image of 1×l pixels with its d channels last, the layout that suits
@@ -119,6 +121,9 @@ class ConvS6(nn.Module):
         """
         check_sequence(self, a, self.conv1d.in_channels, mask)
         b, l, d = a.shape
+        if state is not None and len(state.window) != b:
+            raise ValueError(f"ConvS6: the state is that of {len(state.window)} sequences, and "
+                             f"there are {b}")
         w, conv1d = self.conv1d.kernel_size[0], self.conv1d
         if mask is not None:
             # The convolution would see padding between two words. So padding moves behind the last
@@ -196,8 +201,11 @@ class MambaBlock(nn.Module):
         return_state    for the S4Block of rnn.py, which computes its state apart: the State of a
                         scan costs nothing, and is always returned
         """
-        check_sequence(self, x, self.mixer.d_model)
-        y, state = self.mixer(self.norm(x), state, mask, method=method)
+        check_sequence(self, x, self.mixer.d_model, mask)
+        real = x
+        if mask is not None:             # a NaN in the padding would reach the gradients
+            real = x.masked_fill((mask == 0).unsqueeze(-1), 0)
+        y, state = self.mixer(self.norm(real), state, mask, method=method)
         return x + y, state
 
     def step(self, x, state):
@@ -233,7 +241,13 @@ class MambaLM(nn.Module):
 
         states   what an earlier call returned, to go on from; None at the beginning of a text
         mask     (b, l) or None: 0 for padding, where the logits mean nothing
+        Raises ValueError for tokens of another shape, and states of another model or batch.
         """
+        if tokens.ndim != 2:
+            raise ValueError(f"MambaLM: tokens must have shape (b, l), got {tuple(tokens.shape)}")
+        if states is not None and len(states) != len(self.layers):
+            raise ValueError(f"MambaLM: there are {len(states)} states for {len(self.layers)} "
+                             f"layers")
         x, new = self.embedding(tokens), []                                    # (b, l, d_model)
         for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
             x, state = layer(x, state, mask, method=method)
@@ -267,7 +281,7 @@ def load_official(state_dict):
     """
     weights = {}
     for name, weight in state_dict.items():
-        name = name.removeprefix("backbone.").replace("embeddings.", "embedding.")
+        name = _unwrapped(name).removeprefix("backbone.").replace("embeddings.", "embedding.")
         name = name.replace("mixer.conv1d.", "mixer.path.conv1d.")
         for own in ("x_proj.", "dt_proj.", "A_log", "D"):
             name = name.replace(f"mixer.{own}", f"mixer.path.s6.{own}")
@@ -298,16 +312,33 @@ def official_state_dict(model, style="transformers"):
     """The way back: the weights of a MambaLM by their official names, lm_head.weight included.
 
     style    "transformers": for MambaForCausalLM; "mamba_ssm": for state-spaces/mamba (1.x)
-    Raises ValueError for another style.
+    All weights are copies. Raises ValueError for another style, and for a weight that no official
+    model has, as that of an adapter.
     """
     if style not in ("transformers", "mamba_ssm"):
         raise ValueError(f"style must be \"transformers\" or \"mamba_ssm\", got {style!r}")
     embedding = "embeddings" if style == "transformers" else "embedding"
-    weights = {"lm_head.weight": model.embedding.weight.detach().clone()}
+    weights = {}
     for name, weight in model.state_dict().items():
-        name = name.replace("embedding", embedding).replace("path.", "").replace("s6.", "")
-        weights["backbone." + name] = weight
+        name = _unwrapped(name).replace("path.", "").replace("s6.", "")
+        if name.split(".", 2)[-1] not in OFFICIAL and name not in OFFICIAL:
+            raise ValueError(f"no official model has a weight {name}: merge adapters first")
+        name = name.replace("embedding", embedding)
+        weights["backbone." + name] = weight.detach().clone()
+    weights["lm_head.weight"] = weights[f"backbone.{embedding}.weight"].clone()
     return weights
+
+
+# The weights of an official model: of a layer (layers.0.norm.weight, …), and of all around them.
+OFFICIAL = {f"mixer.{name}" for name in (
+    "in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
+    "dt_proj.bias", "A_log", "D", "out_proj.weight")}
+OFFICIAL |= {"norm.weight", "norm_f.weight", "embedding.weight"}
+
+
+def _unwrapped(name):
+    """The name of a weight without what torch.compile and DistributedDataParallel put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -155,6 +155,11 @@ def _powers(step, l):
     return (coarse.unsqueeze(-1) * fine.unsqueeze(-2)).flatten(-2)[..., :l]
 
 
+def full(x):
+    """x in float32 at least: complex numbers and the FFT need it, and long memories, too."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class S4(nn.Module):
     """x (b, l, d) -> y (b, l, d): each channel has a linear recurrence of its own, n numbers wide.
 
@@ -177,9 +182,9 @@ class S4(nn.Module):
 
     def discretize(self):
         """-> ΔΛ and B̄, (d, n/2) complex both. B̄ = (exp(ΔΛ) - 1)/Λ B: exact while x is held."""
-        A = torch.complex(-self.A_log.exp(), self.omega)
-        step = self.log_dt.exp().unsqueeze(1) * A
-        return step, torch.expm1(step) / A * torch.view_as_complex(self.B)
+        A = torch.complex(-full(self.A_log).exp(), full(self.omega))
+        step = full(self.log_dt).exp().unsqueeze(1) * A
+        return step, torch.expm1(step) / A * torch.view_as_complex(full(self.B))
 
     def forward(self, x, h=None, *, mode="auto", return_state=True):
         """x (b, l, d) -> y (b, l, d), and the state after x, (b, d, n/2) complex.
@@ -189,19 +194,25 @@ class S4(nn.Module):
                agree up to rounding. "auto": the recurrence for a single token, else the convolution
         return_state   False: None in place of the state. A convolution has to compute it apart,
                and a training that goes on from no state need not pay for that
-        Raises ValueError for another mode, or shape of x.
+        Raises ValueError for another mode, or shape of x or h.
         """
         if mode not in (*MODES, "auto"):
             raise ValueError(f"S4: mode must be \"auto\" or one of {MODES}, got {mode!r}")
         check_sequence(self, x, len(self.D))
+        if h is not None and h.shape != (len(x), *self.A_log.shape):
+            raise ValueError(f"S4: the state must have shape {(len(x), *self.A_log.shape)}, got "
+                             f"{tuple(h.shape)}")
         if mode == "auto":
             mode = "recurrence" if x.shape[1] == 1 else "convolution"
-        y, h = self._recur(x, h) if mode == "recurrence" else self._convolve(x, h, return_state)
-        return y + self.D * x, h
+        if mode == "recurrence":
+            y, h = self._recur(full(x), h)
+        else:
+            y, h = self._convolve(full(x), h, return_state)
+        return (y + self.D * x).to(x.dtype), h
 
     def _recur(self, x, h):
         step, B_bar = self.discretize()
-        A_bar, C, ys = step.exp(), torch.view_as_complex(self.C), []
+        A_bar, C, ys = step.exp(), torch.view_as_complex(full(self.C)), []
         h = 0 if h is None else h
         for x_t in x.unbind(1):
             h = A_bar * h + B_bar * x_t.unsqueeze(-1)                          # (b, d, n/2)
@@ -212,7 +223,7 @@ class S4(nn.Module):
         """y = K * x with K_k = 2 Re(C Ā^k B̄): K costs d·n·l, and the FFT l log l instead of l²."""
         l, x = x.shape[1], x.transpose(1, 2).contiguous()                      # (b, d, l)
         step, B_bar = self.discretize()
-        C, powers = torch.view_as_complex(self.C), _powers(step, l)            # Ā^k, (d, n/2, l)
+        C, powers = torch.view_as_complex(full(self.C)), _powers(step, l)      # Ā^k, (d, n/2, l)
         K = 2 * torch.matmul((C * B_bar).unsqueeze(1), powers).squeeze(1).real         # (d, l)
         # As long again in zeros, or the end of the sequence would wrap around to its beginning.
         y = torch.fft.irfft(torch.fft.rfft(x, 2 * l) * torch.fft.rfft(K, 2 * l), 2 * l)[..., :l]

@@ -656,6 +656,38 @@ def test_a_prompt_of_any_length_and_then_step_by_step_is_the_whole_text():
                 allow(what, worst, 1e-13)
 
 
+def test_states_masks_and_names_that_do_not_fit_are_refused_or_harmless():
+    """Catches: NaN in the padding that reaches a gradient; an empty piece of text that ends in an
+    error; states of another batch that are broadcast; names of a wrapper in an official file."""
+    model, tokens = language_model()
+    _, states = model(tokens)
+    logits, after = model(tokens[:, :0], states)
+    assert logits.shape == (2, 0, 13)
+    allow("states after an empty piece", states_error(after, states), 0.0)
+    begin = model.empty_states(2)
+    allow("empty states, and none", error(model(tokens, begin)[0], model(tokens)[0]), 0.0)
+
+    layer, mask = model.layers[0], torch.tensor([[1, 1, 0], [1, 1, 1]])
+    x = torch.randn(2, 3, 16).double().masked_fill(mask.unsqueeze(-1) == 0, math.nan)
+    y, _ = layer(x, mask=mask)
+    gradients = torch.autograd.grad(y[mask == 1].sum(), layer.parameters())
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+    raises(["tokens", "(b, l)", "(12,)"], lambda: model(tokens[0]))
+    raises(["4 layers", "3 states"], lambda: model(tokens, states[:3]))
+    raises(["2 sequences", "there are 1"], lambda: model(tokens[:1], states))
+    raises(["S4", "state", "(3, 8, 2)"], lambda: S4Block(8, n=4)(
+        torch.randn(3, 5, 8), torch.zeros(1, 8, 2, dtype=torch.complex64)))
+
+    wrapped = torch.nn.ModuleDict({"module": model})             # as DistributedDataParallel does
+    official = official_state_dict(wrapped)
+    assert list(official) == list(official_state_dict(model))
+    own = {weight.data_ptr() for weight in model.state_dict().values()}
+    assert not any(weight.data_ptr() in own for weight in official.values())
+    model.layers[0].mixer.in_proj.adapter = torch.nn.Linear(2, 2)
+    raises(["in_proj.adapter.weight"], lambda: official_state_dict(model))
+
+
 def test_generation_obeys_adapters_hooks_and_other_norms():
     """Catches: a step that reads a module's weights in place of calling it: whoever fine-tunes with
     a low-rank adapter would train one model and generate with another, in silence."""
@@ -823,6 +855,17 @@ def test_a_token_sees_the_same_margin_on_all_sides_of_its_patch():
         assert torch.equal(seen.sum(0) > 0, seen.sum(1) > 0)
 
 
+def test_an_exported_model_takes_any_batch():
+    """Catches: a choice of method that asks for the size of the batch, and so fixes it."""
+    model, batch = VisionMamba(16, layers=1).eval(), torch.export.Dim("batch", min=1, max=1024)
+    with torch.no_grad():
+        images = (torch.randn(2, 1, 28, 28),)
+        exported = torch.export.export(model, images, dynamic_shapes=({0: batch},)).module()
+        for b in (1, 7, 64):
+            images = torch.randn(b, 1, 28, 28)
+            allow(f"a batch of {b}", error(exported(images), model(images)), 1e-5)
+
+
 def test_any_image_that_the_patch_divides():
     """Catches: 28×28 or one channel written into the model, a wrong pool, a position lost or given
     to another token."""
@@ -904,6 +947,19 @@ def test_S4_as_a_convolution_is_S4_as_a_recurrence_wherever_it_is_cut():
         ours, exact = (layer(x[:, :l], mode=mode)[0] for mode in rnn.MODES)
         allow(f"one layer of 64 channels, n = 92, l = {l}, float32", error(ours, exact), 2e-5)
     assert layer(x, return_state=False)[1] is None
+
+
+def test_S4_computes_in_float32_whatever_its_weights_are():
+    """Catches: a model in half precision that ends in an error about complex numbers."""
+    torch.manual_seed(0)
+    layer, x = S4Block(16, n=8), torch.randn(2, 9, 16)
+    whole, _ = layer(x)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = copy.deepcopy(layer).to(dtype)
+        for mode in rnn.MODES:
+            y, h = half(x.to(dtype), mode=mode)
+            assert y.dtype == dtype and h.dtype == torch.complex64
+            allow(f"{dtype}, {mode}", error(y, whole), 0.02)
 
 
 def test_S4_starts_from_the_normal_part_of_hippo():
@@ -1790,6 +1846,8 @@ def test_the_commands_that_look_at_delta_write_what_they_promise():
 # The runner.
 
 def main(words):
+    if not __debug__:
+        sys.exit("test_scan.py: python -O removes every check: run it without")
     if hasattr(sys.stdout, "reconfigure"):       # a Windows log may not know Δ
         sys.stdout.reconfigure(errors="replace")
     tests = [(name, test) for name, test in globals().items() if name.startswith("test_")
