@@ -124,23 +124,29 @@ class ConvS6(nn.Module):
         if state is not None and len(state.window) != b:
             raise ValueError(f"ConvS6: the state is that of {len(state.window)} sequences, and "
                              f"there are {b}")
-        w, conv1d = self.conv1d.kernel_size[0], self.conv1d
+        conv1d, w = self.conv1d, self.conv1d.kernel_size[0]
+        window, h0 = state or (None, None)
         if mask is not None:
             # The convolution would see padding between two words. So padding moves behind the last
             # real token, where no real token sees it, and in the end y moves back.
             padding = (mask == 0).unsqueeze(-1)
             order = torch.argsort((mask == 0).int(), dim=1, stable=True)
-            a, mask = _take(a.masked_fill(padding, 0), order), mask.gather(1, order)
-        window, h0 = (None, None) if state is None else state
+            a = _take(a.masked_fill(padding, 0), order)
+            mask = mask.gather(1, order)
+
         x = F.silu(causal_conv(a, conv1d.weight, conv1d.bias, window))         # (b, l, d)
         y, h = self.s6(x, h0, mask, method=method)
-        # The next window: the last w-1 real tokens of [before, a]. Padding is at the end of a, so
-        # they stand at count … count + w-2.
-        before = a.new_zeros(b, w - 1, d) if window is None else window.to(a.dtype)
-        count = a.new_full((b, 1), l, dtype=torch.int64) if mask is None else (
-            (mask != 0).sum(1, keepdim=True))                                  # (b, 1)
+
+        # The next window: the last w-1 real tokens of the window before and a. Padding is at the
+        # end of a, so they stand at count … count + w-2.
+        if window is None:
+            window = a.new_zeros(b, w - 1, d)
+        if mask is None:
+            count = a.new_full((b, 1), l, dtype=torch.int64)
+        else:
+            count = (mask != 0).sum(1, keepdim=True)                           # (b, 1)
         last = count + torch.arange(w - 1, device=a.device)                    # (b, w-1)
-        window = _take(torch.cat([before, a], 1), last)
+        window = _take(torch.cat([window.to(a.dtype), a], 1), last)
         if mask is not None:
             y = _take(y, torch.argsort(order, dim=1)).masked_fill(padding, 0)
         return y, State(window, h)
@@ -436,7 +442,7 @@ def graphed(model, *inputs):
              loop over time is recorded with its length. In mode eval() the model runs as before.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")      # two of them, about streams and the first use of cuBLAS
+        warnings.simplefilter("ignore")      # two: of streams, and of the first use of cuBLAS
         return torch.cuda.make_graphed_callables(model, inputs)
 
 

@@ -78,7 +78,7 @@ from torch import Tensor
 #
 # That is exact. For a small step exp(ΔA) - 1 is about ΔA, and so B̄ is about ΔB: Euler's rule, and
 # what Mamba computes. Ā stays exact: Euler's 1 + ΔA would leave (0, 1] where Δ is large, and the
-# state would grow without bound. Selection is one more step: each token has a Δ, B and C of its own.
+# state would grow without bound. Selection is one more step: each token has its own Δ, B and C.
 
 def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
     """The equation, one token after the other: -> y (b, l, d), last state (b, d, n).
@@ -175,7 +175,7 @@ class S6(nn.Module):
                               discretization=self.discretization, return_state=True)
 
     def select(self, x):
-        """x (b, l, d) -> Δ (b, l, d), A (d, n), B and C (b, l, n): what the scan needs besides x."""
+        """x (b, l, d) -> Δ (b, l, d), A (d, n), B and C (b, l, n): all that a scan of x needs."""
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)
         # Under autocast the maps give bfloat16. Δ is made in float32 from there on: the decays
         # exp(ΔA) of many tokens multiply up, and so would their rounding.
