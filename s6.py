@@ -42,7 +42,7 @@ The glossary. The other files use the same names; the examples are those of trai
     y         (b, l, d)   output
     A_bar Ā   (b, d, n)   exp(Δ_t A), in (0, 1]: the part of a state that stays   exp(-0.01) = 0.99
     B_bar B̄   (b, d, n)   how much of x_t is written to each number of the state  0.01 B
-    u         (b, l, d)   what B_t spreads over the state: Δ_t x_t (zoh: x_t)
+    u         (b, l, d)   what B_t spreads over the state: Δ_t x_t (in the loops of zoh: x_t)
     ∂v        as v        gradient of the loss with respect to v, in code grad_v; g is ∂h_t
 """
 # No `from __future__ import annotations` here: TorchScript reads the annotations of this file.
@@ -189,9 +189,10 @@ class S6(nn.Module):
         delta, A, B, C = self.select(x)                              # B, C: (b, n)
         delta_A = delta.unsqueeze(-1) * A                            # (b, d, n)
         if self.discretization == "zoh":
-            u = torch.expm1(delta_A) / A * x.unsqueeze(-1)           # (b, d, n)
+            hold = torch.expm1(delta_A) / A                          # (b, d, n)
         else:
-            u = (delta * x).unsqueeze(-1)                            # (b, d, 1)
+            hold = delta.unsqueeze(-1)                               # (b, d, 1)
+        u = hold * x.unsqueeze(-1)
         h = torch.exp(delta_A) * h + u * B.unsqueeze(1)              # (b, d, n)
         y = (h * C.unsqueeze(1)).sum(-1)                             # (b, d)
         return (y + self.D * x).to(x.dtype), h
@@ -228,16 +229,24 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
     """
     _check(x, delta, A, B, C, D, h0, method, discretization)
     b, _, d = x.shape
-    n, zoh = A.shape[1], discretization == "zoh"
-    tensors = [t for t in (x, delta, A, B, C, D, h0) if t is not None]
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    h = x.new_zeros(b, n, d, dtype=dtype) if h0 is None else h0.to(dtype).transpose(1, 2)
-    y, h = _scan(*(t.to(dtype) for t in (x, delta, A.t().contiguous(), B, C)), h,
-                 _pieces(x, n, method), zoh)
+    n = A.shape[1]
+    dtypes = [t.dtype for t in (x, delta, A, B, C, D, h0) if t is not None]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+
+    # The loops have states (b, n, d), with the channels innermost.
+    if h0 is None:
+        h = x.new_zeros(b, n, d, dtype=dtype)
+    else:
+        h = h0.to(dtype).transpose(1, 2)
+    inputs = [t.to(dtype) for t in (x, delta, A.t().contiguous(), B, C)]
+    y, h = _scan(*inputs, h, _pieces(x, n, method), discretization == "zoh")
+
     if D is not None:
         y = y + D * x
     y = y.to(x.dtype)
-    return (y, h.transpose(1, 2)) if return_state else y
+    if return_state:
+        return y, h.transpose(1, 2)
+    return y
 
 
 NARROW = 2 ** 14     # numbers per time step; with fewer, a CPU mostly waits for call overhead
@@ -452,7 +461,8 @@ class _Scan(torch.autograd.Function):
             # Keep every √T-th of the T states. Of pieces no more than every 12th: they are short
             # and many, and √T states of each would add up.
             ctx.keep = max(1, round(math.sqrt(u.shape[1])))
-            ctx.keep = max(ctx.keep, min(12, u.shape[1])) if k > 1 else ctx.keep
+            if k > 1:
+                ctx.keep = max(ctx.keep, min(12, u.shape[1]))
             y, kept, h = _forward(u, delta, A, B, C, h0, ctx.keep, zoh)
             if k > 1:                    # the last state is that of the last piece
                 y, h = _unfold(y, k, x.shape[1]), h[k - 1::k].contiguous()
