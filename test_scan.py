@@ -1088,6 +1088,8 @@ def test_every_documented_error_of_the_models_is_raised():
 
 from pathlib import Path
 
+from PIL import Image, ImageChops
+
 from torchvision.transforms.functional import to_pil_image
 
 import train_mnist
@@ -1233,6 +1235,72 @@ def test_images_of_any_size_come_from_a_folder_in_batches_each_once_an_epoch():
         assert train_mnist.load_folder("grey", 8).train_images.shape == (48, 1, 8, 8)
         os.rename("grey", "mnist")       # own images must not pass for MNIST
         assert train_mnist.load_folder("mnist", 0).name == "own-mnist"
+
+
+def test_an_image_is_read_as_a_person_sees_it_or_refused_by_name():
+    """Catches: black ink on transparent paper that becomes all black, strokes of one-bit images
+    that vanish in resizing, photographs that lie on their side, values that are cut off."""
+    ink = Image.new("L", (20, 10), 255)                      # white paper; black ink on the left
+    ink.paste(0, (0, 0, 10, 10))
+    clear = Image.merge("LA", (Image.new("L", (20, 10)), ImageChops.invert(ink)))
+    palette = ink.convert("P")
+    turned = Image.Exif()
+    turned[0x112] = 6                                        # shown turned by 90° to the right
+    cases = [("grey.png", ink, {}), ("la.png", clear, {}), ("rgba.png", clear.convert("RGBA"), {}),
+             ("one_bit.png", ink.convert("1"), {}), ("palette.png", palette, {}),
+             ("exif.png", ink.transpose(Image.Transpose.ROTATE_90), {"exif": turned})]
+    clear_paper = palette.copy()
+    clear_paper.putpalette([value for i in range(256) for value in (0, 0, 0)])
+    cases.append(("palette_clear.png", clear_paper, {"transparency": 255}))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, image, how in cases:
+            image.save(f"{folder}/{name}", **how)
+            pixels = train_mnist.read_image(f"{folder}/{name}", (10, 20))
+            left, right = pixels[..., :10].float().mean(), pixels[..., 10:].float().mean()
+            print(f"    {name}: {left:.0f} on the left, {right:.0f} on the right")
+            assert left < 30 and right > 225 and pixels.shape == (3, 10, 20)
+
+        Image.new("F", (4, 4)).save(f"{folder}/float.tiff")
+        Image.new("I;16", (4, 4)).save(f"{folder}/deep.png")
+        for name in ("float.tiff", "deep.png"):
+            raises([name, "8 bits"], lambda: train_mnist.read_image(f"{folder}/{name}"))
+
+
+def test_hidden_files_are_no_images_and_hidden_folders_no_classes():
+    """Catches: .ipynb_checkpoints as a class; a class that is missing in one part, unnamed."""
+    with folder_with_data():
+        before = train_mnist.facts_of(train_mnist.load_folder("grey", 0))["fingerprint"]
+        Path("grey/train/.ipynb_checkpoints").mkdir()
+        Path("grey/test/a/._0.png").write_text("no image")
+        assert train_mnist.facts_of(train_mnist.load_folder("grey", 0))["fingerprint"] == before
+        os.rename("grey/test/b", "grey/test/new")
+        raises(["same classes", "b, new"], lambda: train_mnist.load_folder("grey", 0))
+        for own in ("MNIST", "synthetic-digits-quick"):
+            os.rename("colour", own)
+            assert train_mnist.load_folder(own, 0).name == f"own-{own}"
+            os.rename(own, "colour")
+
+
+def test_a_trained_model_tells_the_classes_of_pictures():
+    """Catches: a prediction without the normalisation of the training, or by other class names."""
+    with folder_with_data():
+        runs(f"{OWN} --epochs 2")
+        code, printed = command(f"train_mnist.py --predict grey/test --checkpoint {IMAGES}")
+        assert code == 0 and printed.count("\n") == 24, (code, printed)
+        model, task = train_mnist.build(torch.load(IMAGES)["recipe"],
+                                        train_mnist.load_folder("grey", 0))
+        model.load_state_dict(torch.load(IMAGES)["average"])
+        data = train_mnist.load_folder("grey", 0)
+        inputs, _ = task.prepare(data.test_images, None)
+        chances, guesses = model(inputs).softmax(-1).max(-1)
+        for line, chance, guess in zip(printed.splitlines(), chances, guesses):
+            assert f": {'abc'[guess]} {100 * chance:.1f} %," in line, line
+        print(f"    {printed.splitlines()[0]}")
+        for line, words in ((f"--predict no.png --checkpoint {IMAGES}", ["no.png"]),
+                            ("--predict poem.txt --checkpoint poem.txt", ["poem.txt"])):
+            code, _ = command(f"train_mnist.py {line}")
+            print(f"    {code}")
+            assert all(word in code for word in words) and "\n" not in code
 
 
 def test_each_image_is_warped_or_shifted_and_mirrored_by_an_amount_of_its_own():

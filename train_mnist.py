@@ -11,6 +11,7 @@
     python train_mnist.py --dataset fashion     FashionMNIST
     python train_mnist.py --dataset FOLDER      own images: FOLDER/train/<class>/*, FOLDER/test/…
     python train_mnist.py --quick               a first look in about a minute
+    python train_mnist.py --predict FILE …      what the trained model sees in your own pictures
     python train_mnist.py --compare --seeds 0 1 2     every model with every seed: table and figure
     python train_mnist.py --resume              go on after Ctrl-C, on a CPU to the same weights
     torchrun --nproc_per_node=2 train_mnist.py  each of two processes takes half of every batch
@@ -51,8 +52,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from matplotlib import pyplot as plt
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 
 from block import MambaBlock, graphed, parameter_groups
@@ -612,41 +614,77 @@ def load_folder(folder, size):
         if not os.path.isdir(f"{folder}/{part}"):
             raise ValueError(f"there is no folder {folder}/{part}, and {folder} is none of "
                              f"{', '.join(TORCHVISION)}")
-    train = torchvision.datasets.ImageFolder(f"{folder}/train")
-    test = torchvision.datasets.ImageFolder(f"{folder}/test")
-    if train.classes != test.classes or len(train.classes) < 2:
-        raise ValueError(f"{folder}: train and test need the same classes, two or more")
+    classes, train, y = list_images(f"{folder}/train")
+    test_classes, test, test_y = list_images(f"{folder}/test")
+    if classes != test_classes:
+        only = ", ".join(sorted({*classes} ^ {*test_classes}))
+        raise ValueError(f"{folder}: train and test need the same classes, but one has no {only}")
+    if len(classes) < 2:
+        raise ValueError(f"{folder}/train needs two folders of images, one for each class")
 
     images = []
-    for path, _ in train.imgs + test.imgs:
-        images.append(read_image(path, size))
+    for path in train + test:
+        images.append(read_image(path, size and (size, size)))
         if images[-1].shape != images[0].shape:
             raise ValueError(f"{path} has another size than the first image: use --size")
     images = torch.stack(images)                                   # (N, 3, h, w)
     if (images == images[:, :1]).all():                            # grey, in three channels
         images = images[:, :1]
     x, test_x = images.split([len(train), len(test)])
-    y, test_y = torch.tensor(train.targets), torch.tensor(test.targets)
 
     # The files come sorted by class. --limit and --holdout want any part of them mixed.
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     name = os.path.basename(os.path.abspath(folder))
     if name == "CIFAR-10-images":
         name = "cifar10-jpeg"
-    elif name in (*TORCHVISION, *RECIPES):
+    elif name.lower().startswith((*TORCHVISION, *RECIPES, "synthetic-digits")):
         name = f"own-{name}"
-    return as_data(name, x[order], y[order], test_x, test_y, train.classes)
+    return as_data(name, x[order], y[order], test_x, test_y, classes)
 
 
-def read_image(path, size):
-    """The image at path, resized if a size is given: -> (3, h, w) uint8."""
+def list_images(folder):
+    """The images in folder/<class>/*: -> names of the classes, paths, labels (N,), sorted.
+
+    What begins with a dot is skipped, and so is what no image is by its suffix (a GIF, too).
+    """
+    classes = sorted(path.name for path in Path(folder).iterdir()
+                     if path.is_dir() and not path.name.startswith("."))
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = images_in(f"{folder}/{name}")
+        if not found:
+            raise ValueError(f"there is no image in {folder}/{name}")
+        paths += found
+        labels += [label] * len(found)
+    return classes, paths, torch.tensor(labels)
+
+
+def images_in(folder):
+    """The paths of all images in a folder and in its folders, sorted."""
+    return [path for path in sorted(Path(folder).rglob("*"))
+            if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")]
+
+
+def read_image(path, size=None, mode="RGB"):
+    """The image at path: upright, 8 bits, white where it is transparent: -> (c, h, w) uint8.
+
+    size    (height, width) to bring it to, or None
+    mode    "RGB", or "L" for grey
+    Raises ValueError, naming the file, for a damaged one and for more than 8 bits.
+    """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):
-                raise ValueError("it has 16 bits per pixel: convert it to 8")
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("it has more than 8 bits per pixel: convert it to 8")
+            image = ImageOps.exif_transpose(image)
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            image = image.convert(mode)                    # before it is resized: see one-bit ones
             if size:
-                image = image.resize((size, size))
-            return pil_to_tensor(image.convert("RGB"))
+                image = image.resize(size[::-1])
+            return pil_to_tensor(image)
     except Exception as error:           # PIL has many kinds for a damaged file
         raise ValueError(f"cannot read {path} ({first_line(error)})") from error
 
@@ -946,6 +984,11 @@ def parse(arguments):
         help="test on so many training images; 0: on the test images")
     add("--size", type=whole, default=0, help="resize a folder's images to SIZE x SIZE")
     add("--resume", action="store_true", help="go on from the checkpoint")
+    add("--predict", nargs="+", metavar="FILE", help="tell the classes of pictures, or of a "
+        "folder of pictures, by the trained model; they are stretched to its size")
+    add("--checkpoint", help="of --predict; default: that of --name, --model and --seed")
+    add("--invert", action="store_true", help="of --predict: exchange dark and light. MNIST is "
+        "light ink on black: dark ink on light paper needs this")
     add("--data", choices=["auto", "real", "synthetic"], default="auto",
         help="default auto: synthetic digits if MNIST cannot be had")
     add("--data-dir", default="data", help="default %(default)s")
@@ -962,6 +1005,41 @@ def parse(arguments):
     if args.compare and not args.name and not args.quick and changed(recipe):
         p.error(f"a table with other settings than those of {name} needs a --name for its files")
     return args, recipe
+
+
+@torch.no_grad()
+def predict(paths, checkpoint_path, invert):
+    """Print what a trained model sees in pictures: a line for each, the likeliest classes first.
+
+    A checkpoint holds all that the model needs: recipe, class names, shape, mean and deviation.
+    """
+    checkpoint = read_checkpoint(checkpoint_path)
+    if "data" not in checkpoint or checkpoint["recipe"]["task"] != "classify":
+        raise ValueError(f"{checkpoint_path} holds no model that tells classes apart")
+    recipe = RECIPES[checkpoint["recipe"]["recipe"]] | checkpoint["recipe"]
+    facts = checkpoint["data"]
+    none = torch.empty(0, *facts["shape"])
+    data = Data(facts["name"], none, none, none, none, facts["classes"], facts["mean"],
+                facts["std"])
+    model, task = build(recipe, data)
+    model.load_state_dict(checkpoint["average"])
+
+    model.eval()
+
+    files = []
+    for path in paths:
+        files += images_in(path) if os.path.isdir(path) else [path]
+    channels, *size = facts["shape"]
+    for file in files:
+        image = read_image(file, size, "L" if channels == 1 else "RGB")        # (c, h, w)
+        if invert:
+            image = 255 - image
+        inputs, _ = task.prepare(image.unsqueeze(0), None)
+        chances = model(inputs).softmax(-1)[0]                                 # (classes,)
+        guesses = []
+        for i in chances.argsort(descending=True)[:3].tolist():
+            guesses.append(f"{data.classes[i]} {100 * chances[i]:.1f} %")
+        print(f"{file}: {', '.join(guesses)}")
 
 
 def prepare_data(args, recipe, device):
@@ -982,6 +1060,11 @@ def prepare_data(args, recipe, device):
 
 def run(args, recipe):
     """One training; or, with --compare, one for each row and seed, then their table and figure."""
+    if args.predict:
+        name = args.name or recipe["recipe"] + ("_quick" if args.quick else "")
+        path = f"{args.out}/{name}-{recipe['model']}-seed{recipe['seed']}.pt"
+        predict(args.predict, args.checkpoint or path, args.invert)
+        return
     device = choose_device(args.device)
     data = prepare_data(args, recipe, device)
     # Files are called after the recipe; what was trained on other data is called after those too.
