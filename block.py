@@ -29,11 +29,11 @@ are one State per block. It has no positions: the recurrence itself knows the or
 `generate` writes text, at the same cost per token however long the text has become. Weights come
 from, and go back to, the official models by their names.
 
-The price of a state of constant size. A block keeps d·n = 2·d_model·n numbers of all that it has
-read; a layer of attention keeps 2·d_model·l, the keys and values of l tokens. The two are equal at
-l = n = 16 tokens. From there on a state must choose what to keep, and so exact copying and recall
-over long texts are worse than attention's (Jelassi et al. 2024, "Repeat After Me"; Arora et al.
-2024, "Zoology"). Models that need both mix the two kinds of layers.
+The price of a state of constant size. A block keeps h, d·n = 2·d_model·n numbers, of all that it
+has read (and the window); a layer of attention keeps 2·d_model·l, the keys and values of l tokens.
+The two are equal at l = n = 16 tokens. From there on a state must choose what to keep, and so exact
+copying and recall over long texts are worse than attention's (Jelassi et al. 2024, "Repeat After
+Me"; Arora et al. 2024, "Zoology"). Models that need both mix the two kinds of layers.
 
 Symbols: the glossary of s6.py; besides, d_model is the width of the residual stream, and d that
 inside the block. Left out: the fused kernel's trick of computing the gate in the scan.
@@ -121,10 +121,10 @@ class ConvS6(nn.Module):
         """
         check_sequence(self, a, self.conv1d.in_channels, mask)
         b, l, d = a.shape
-        if state is not None and len(state.window) != b:
-            raise ValueError(f"ConvS6: the state is that of {len(state.window)} sequences, and "
-                             f"there are {b}")
         conv1d, w = self.conv1d, self.conv1d.kernel_size[0]
+        if state is not None and state.window.shape != (b, w - 1, d):
+            raise ValueError(f"ConvS6: the window of the state must have shape {(b, w - 1, d)}, "
+                             f"got {tuple(state.window.shape)}")
         window, h0 = state or (None, None)
         if mask is not None:
             # The convolution would see padding between two words. So padding moves behind the last
@@ -137,8 +137,8 @@ class ConvS6(nn.Module):
         x = F.silu(causal_conv(a, conv1d.weight, conv1d.bias, window))         # (b, l, d)
         y, h = self.s6(x, h0, mask, method=method)
 
-        # The next window: the last w-1 real tokens of the window before and a. Padding is at the
-        # end of a, so they stand at count … count + w-2.
+        # The next window: the last w-1 real tokens. In cat([window, a]) the `count` real tokens of
+        # a follow w-1 older ones, and padding is behind them: so the window begins at `count`.
         if window is None:
             window = a.new_zeros(b, w - 1, d)
         if mask is None:
@@ -204,8 +204,8 @@ class MambaBlock(nn.Module):
     def forward(self, x, state=None, mask=None, *, method="auto", return_state=True):
         """x (b, l, d_model) -> the same shape, and the State after x. Errors as for ConvS6.
 
-        return_state    for the S4Block of rnn.py, which computes its state apart: the State of a
-                        scan costs nothing, and is always returned
+        return_state    has no effect, since the State of a scan costs nothing. The S4Block of
+                        rnn.py has it, and so PixelLM can call both alike
         """
         check_sequence(self, x, self.mixer.d_model, mask)
         real = x
@@ -353,16 +353,16 @@ def _unwrapped(name):
 def sample(logits, temperature, top_k, generator):
     """Draw a token from each row of logits (b, vocabulary), of the top_k likeliest: -> (b,) int64.
 
-    The Gumbel-max trick: add noise -log(e), with e from the exponential distribution, to the logits
-    over the temperature. The largest sum is then at token i with probability softmax(logits /
-    temperature)_i. Here all is times the temperature: so a temperature of 0 needs no case of its
-    own, and takes the likeliest token.
+    The Gumbel-max trick: add noise -log(e), with e from the exponential distribution, to logits /
+    temperature. Then the largest sum is at token i with the probability that softmax(logits /
+    temperature) gives it. Below, that sum is multiplied by the temperature, which leaves the largest where it is. So a
+    temperature of 0 needs no case of its own, and takes the likeliest token.
     """
     if top_k is not None and top_k < logits.shape[1]:
         lowest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -math.inf)
-    noise = torch.empty(logits.shape).exponential_(generator=generator).log()
-    return (logits - temperature * noise.to(logits)).argmax(1)
+    noise = -torch.empty(logits.shape).exponential_(generator=generator).log()
+    return (logits + temperature * noise.to(logits)).argmax(1)
 
 
 @torch.inference_mode()
@@ -440,6 +440,7 @@ def graphed(model, *inputs):
     inputs   what the model will be called with: tensors, or lists and tuples of them. The shapes
              of every later call must be the same, and so must everything that depends on Python: a
              loop over time is recorded with its length. In mode eval() the model runs as before.
+    Gradients must be reset before each backward pass: to accumulate them, train the model itself.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")      # two: of streams, and of the first use of cuBLAS

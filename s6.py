@@ -4,8 +4,8 @@
     y_t = C_t h_t + D x_t                         the output: what is read from it
 
 This is the selective scan (S6) of Mamba. Δ, B and C are computed from x itself, so each token
-decides how much of the past to keep (Δ → 0 keeps everything, Δ → ∞ keeps nothing), where to write
-(B) and what to read (C).
+decides how much of the past to keep (A < 0: Δ → 0 keeps everything, Δ → ∞ keeps nothing), where to
+write (B) and what to read (C).
 
     definition()                          the equation as it stands here: the reference for the rest
     class S6                              Algorithm 2 of the paper: makes Δ, B, C from x, and scans
@@ -33,7 +33,7 @@ The glossary. The other files use the same names; the examples are those of trai
     d         int         channels; each has a state of its own                   128
     n         int         numbers in one channel's state                          16
     x         (b, l, d)   input                                                   a feature
-    delta Δ   (b, l, d)   step size, ≥ 0: how long the state looks at a token     0.001 … 0.1
+    delta Δ   (b, l, d)   step size, ≥ 0: how long the state looks at a token     0.01
     A         (d, n)      < 0: how fast a number is forgotten, per unit of Δ      -1, -2, … -16
     B         (b, l, n)   where x_t is written in the state
     C         (b, l, n)   how the state is read
@@ -70,15 +70,15 @@ from torch import Tensor
 #     h' = A h + B x                    A < 0: without an input, h fades
 #
 # Tokens come one after the other. So let token t last for a time Δ, and let x keep the value x_t
-# all that time (zero-order hold). Then h rests where h' = 0, at h* = -B x_t / A. The distance from
-# there obeys (h - h*)' = A (h - h*), so in the time Δ it fades by the factor exp(ΔA):
+# all that time (zero-order hold). Then h rests where h' = 0, at h* = -B x_t / A. With B x_t = -A h*
+# the equation reads h' = A (h - h*): in the time Δ the distance h - h* fades by the factor exp(ΔA).
 #
 #     h_t - h* = exp(ΔA) (h_{t-1} - h*)
 #     h_t      = exp(ΔA) h_{t-1} + (exp(ΔA) - 1)/A · B x_t         =: Ā h_{t-1} + B̄ x_t
 #
 # That is exact. For a small step exp(ΔA) - 1 is about ΔA, and so B̄ is about ΔB: Euler's rule, and
-# what Mamba computes. Ā stays exact: Euler's 1 + ΔA would leave (0, 1] where Δ is large, and the
-# state would grow without bound. Selection is one more step: each token has its own Δ, B and C.
+# what Mamba computes. Ā stays exact: Euler's 1 + ΔA is negative where ΔA < -1, and where ΔA < -2
+# the state would grow without bound. Selection is one more step: each token has its own Δ, B and C.
 
 def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
     """The equation, one token after the other: -> y (b, l, d), last state (b, d, n).
@@ -106,7 +106,8 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
 # S6, the layer: Algorithm 2 of the paper. Selection is no more than this: B and C are linear in x,
 # and Δ is the softplus of an affine map of low rank.
 #
-# Why it is a scan and no convolution. Unrolled, the recurrence reads
+# Why it is a scan and no convolution. Unrolled, without D, the recurrence reads
+#     y_3 = C_3 (B̄_3 x_3 + Ā_3 B̄_2 x_2 + Ā_3 Ā_2 B̄_1 x_1)
 #     y_t = Σ_{s ≤ t} C_t (Π_{r = s+1 … t} Ā_r) B̄_s x_s
 # With Δ, B, C the same at every token, the factor before x_s is C Ā^(t-s) B̄. It depends on t - s
 # alone, so y is a convolution: that is S4 (rnn.py). With selection it depends on t and on s.
@@ -154,7 +155,7 @@ class S6(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))         # softplus(bias) = dt
         # A = -exp(A_log) stays negative whatever the optimizer does. It starts at -1, -2, … -n, the
-        # diagonal of S4's HiPPO matrix ("S4D-Real", section 3.6). It is real here, complex in S4.
+        # diagonal of the HiPPO matrix ("S4D-Real", section 3.6). S4 takes complex numbers instead.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))      # (d, n)
         self.D = nn.Parameter(torch.ones(d))
 
@@ -192,8 +193,8 @@ class S6(nn.Module):
             hold = torch.expm1(delta_A) / A                          # (b, d, n)
         else:
             hold = delta.unsqueeze(-1)                               # (b, d, 1)
-        u = hold * x.unsqueeze(-1)
-        h = torch.exp(delta_A) * h + u * B.unsqueeze(1)              # (b, d, n)
+        held = hold * x.unsqueeze(-1)
+        h = torch.exp(delta_A) * h + held * B.unsqueeze(1)           # (b, d, n)
         y = (h * C.unsqueeze(1)).sum(-1)                             # (b, d)
         return (y + self.D * x).to(x.dtype), h
 

@@ -675,7 +675,8 @@ def test_states_masks_and_names_that_do_not_fit_are_refused_or_harmless():
 
     raises(["tokens", "(b, l)", "(12,)"], lambda: model(tokens[0]))
     raises(["4 layers", "3 states"], lambda: model(tokens, states[:3]))
-    raises(["2 sequences", "there are 1"], lambda: model(tokens[:1], states))
+    raises(["window", "(1, 3, 32)", "(2, 3, 32)"], lambda: model(tokens[:1], states))
+    raises(["window", "(2, 2, 32)"], lambda: MambaLM(13, 16, 4, n=4, d_conv=3)(tokens, states))
     raises(["S4", "state", "(3, 8, 2)"], lambda: S4Block(8, n=4)(
         torch.randn(3, 5, 8), torch.zeros(1, 8, 2, dtype=torch.complex64)))
 
@@ -1493,6 +1494,26 @@ def test_a_training_goes_on_with_the_same_images_wherever_they_are():
             os.rename(f"moved/{part}/d", f"moved/{part}/c")
         Path("moved/train/a/00.png").write_bytes(Path("moved/train/a/03.png").read_bytes())
         answers(f"{line} moved", ["checkpoints/n-", "made with dataset"])
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused():
+    """Catches: PyTorch's load_state_dict, which takes the state of any optimizer, and fails later
+    or goes on with the old settings."""
+    def adafactor(groups, betas):
+        return torch.optim.Adafactor(groups)
+
+    def other_betas(groups, betas):
+        return torch.optim.Adam(groups, betas=(0.5, 0.5))
+
+    with folder_with_data():
+        for line in (OWN, TEXT):
+            runs(line)
+            for optimizer in (adafactor, other_betas):
+                with patch.object(torch.optim, "AdamW", optimizer):
+                    code, _ = command(f"{line} --resume")
+                print(f"    {code}")
+                assert "another model or optimizer" in code and "\n" not in code
+            runs(f"{line} --resume")
 
 
 def test_two_processes_equal_one():

@@ -196,7 +196,7 @@ def build(recipe, data):
 
     Another model is another `elif`, a colour in MODELS, and a name in ROWS. Its body is a module
     that reads tokens, (b, l, d_model), and returns (b, l, width). Give it as many parameters as the
-    others have, or the comparison says little.
+    others have, by a width of its own in each of RECIPES, or the comparison says little.
     Raises ValueError for settings or images that do not fit.
     """
     model, d_model, layers = recipe["model"], recipe["d_model"], recipe["layers"]
@@ -482,13 +482,24 @@ def resume_from(path, facts, modules):
         if theirs.get(setting) != value:
             raise ValueError(f"{path} was made with {setting} {theirs.get(setting)}, not {value}. "
                              f"Use that, or start without --resume")
+    problem = f"{path} has another model or optimizer: start without --resume"
     try:
+        # PyTorch itself loads the state of one optimizer into another kind, and fails later.
+        if settings_of(checkpoint["optimizer"]) != settings_of(modules["optimizer"].state_dict()):
+            raise ValueError(problem)
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except (KeyError, RuntimeError, ValueError) as error:
-        problem = f"{path} has another model or optimizer: start without --resume"
         raise ValueError(problem) from error
     return checkpoint["log"], checkpoint["scores"]
+
+
+def settings_of(optimizer):
+    """The settings in the state of an optimizer, but for the rate, which changes with each step."""
+    groups = []
+    for group in optimizer["param_groups"]:
+        groups.append({key: value for key, value in group.items() if key not in ("lr", "params")})
+    return groups
 
 
 def read_checkpoint(path):

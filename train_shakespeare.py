@@ -369,16 +369,27 @@ def resume_from(path, facts, modules, device):
                              f"Use that, or start without --resume")
     if PROCESSES > 1 and checkpoint["states"]:
         raise ValueError(f"{path} was saved within an epoch: go on without torchrun")
+    problem = f"{path} has another model or optimizer: start without --resume"
     try:
+        # PyTorch itself loads the state of one optimizer into another kind, and fails later.
+        if settings_of(checkpoint["optimizer"]) != settings_of(modules["optimizer"].state_dict()):
+            raise ValueError(problem)
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except (KeyError, RuntimeError, ValueError) as error:
-        problem = f"{path} has another model or optimizer: start without --resume"
         raise ValueError(problem) from error
     states = checkpoint["states"]
     if states:
         states = [State(*(t.to(device) for t in state)) for state in states]
     return checkpoint["log"], checkpoint["scores"], states
+
+
+def settings_of(optimizer):
+    """The settings in the state of an optimizer, but for the rate, which changes with each step."""
+    groups = []
+    for group in optimizer["param_groups"]:
+        groups.append({key: value for key, value in group.items() if key not in ("lr", "params")})
+    return groups
 
 
 def read_checkpoint(path):

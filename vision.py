@@ -224,9 +224,9 @@ class VisionMamba(ImageClassifier):
     """An ImageClassifier whose body is a stack of VisionBlocks; `frame` goes to ImageClassifier."""
 
     def __init__(self, d_model=64, layers=2, n=16, direction="bidirectional", fuse="average",
-                 discretization="euler", **frame):
-        blocks = [VisionBlock(d_model, n, direction=direction, fuse=fuse,
-                              discretization=discretization) for _ in range(layers)]
+                 discretization="euler", d_conv=4, **frame):
+        how = dict(direction=direction, fuse=fuse, discretization=discretization, d_conv=d_conv)
+        blocks = [VisionBlock(d_model, n, **how) for _ in range(layers)]
         scale_residuals(blocks)
         super().__init__(nn.Sequential(*blocks), d_model, d_model, **frame)
 

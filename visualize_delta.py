@@ -362,8 +362,9 @@ def look_at_digits(args, device):
     if args.index >= len(places):
         sys.exit(f"visualize_delta.py: {name} has {len(places)} test images of a {args.digit}: use "
                  f"a smaller --index")
-    pairs = [make_pair(state, lambda: train_mnist.build(state["recipe"], data)[0].to(device))
-             for state in states]
+    defaults = train_mnist.RECIPES["mnist"]        # of settings newer than a checkpoint
+    pairs = [make_pair(state, lambda: train_mnist.build(
+        defaults | state["recipe"], data)[0].to(device)) for state in states]
 
     def read(model, images):
         inputs, _ = train_mnist.classification(data).prepare(images, None)
@@ -483,7 +484,7 @@ def look_at_text(args, device):
     masks = {kind: torch.tensor([k == kind for k in kinds]) for kind in KINDS}     # (l,) each
     for state in states:
         pair = make_pair(state, lambda: train_shakespeare.build(
-            state["recipe"], text.vocabulary).to(device))
+            train_shakespeare.RECIPE | state["recipe"], text.vocabulary).to(device))
         curves = {look: read_text(model, text.valid.to(device)) for look, model in pair.items()}
         passages.append({look: ratio[:, PASSAGE] for look, ratio in curves.items()})
         rows += [{"model": look, "seed": state["recipe"]["seed"], "layer": layer,
