@@ -355,8 +355,9 @@ def sample(logits, temperature, top_k, generator):
 
     The Gumbel-max trick: add noise -log(e), with e from the exponential distribution, to logits /
     temperature. Then the largest sum is at token i with the probability that softmax(logits /
-    temperature) gives it. Below, that sum is multiplied by the temperature, which leaves the largest where it is. So a
-    temperature of 0 needs no case of its own, and takes the likeliest token.
+    temperature) gives it. Below, that sum is multiplied by the temperature, which leaves the
+    largest where it is. So a temperature of 0 needs no case of its own, and takes the likeliest
+    token.
     """
     if top_k is not None and top_k < logits.shape[1]:
         lowest = logits.topk(top_k).values[:, -1:]
