@@ -1117,6 +1117,8 @@ def run(args, recipe):
 
 def main():
     """The command. A mistake is answered in one line."""
+    if hasattr(sys.stdout, "reconfigure"):       # a terminal or a log may not know all letters
+        sys.stdout.reconfigure(errors="replace")
     try:
         run(*parse(sys.argv[1:]))
     except (KeyboardInterrupt, BrokenPipeError):       # the latter: `| head` has seen enough
