@@ -271,7 +271,11 @@ class MambaLM(nn.Module):
         return states
 
     def step(self, tokens, states):
-        """One token of each text: (b,), and the states so far -> logits (b, vocabulary), states."""
+        """One token of each text: (b,), and the states so far -> logits (b, vocabulary), states.
+
+        Adapters, hooks and other modules in the place of a map or a norm act here as in `forward`.
+        A hook at a whole layer, its mixer, path or s6 does not: this calls their `step`.
+        """
         x, new = self.embedding(tokens), []                                    # (b, d_model)
         for layer, state in zip(self.layers, states, strict=True):
             x, state = layer.step(x, state)
