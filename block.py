@@ -394,14 +394,15 @@ def generate(model, prompt, count, *, temperature=1.0, top_k=None, seed=0):
 
 
 def _check_generate(model, prompt, count, temperature, top_k):
-    if not isinstance(prompt, torch.Tensor) or prompt.ndim != 1 or len(prompt) == 0:
-        got = tuple(prompt.shape) if isinstance(prompt, torch.Tensor) else type(prompt).__name__
-        raise ValueError(f"generate: prompt must be a tensor of shape (l,), l ≥ 1, got {got}")
+    if not isinstance(prompt, torch.Tensor) or prompt.is_floating_point():
+        raise ValueError("generate: prompt must be a tensor of int64")
+    if prompt.ndim != 1 or len(prompt) == 0:
+        raise ValueError(f"generate: prompt must have shape (l,), l ≥ 1, got {tuple(prompt.shape)}")
     vocabulary = model.embedding.num_embeddings
     if prompt.min() < 0 or prompt.max() >= vocabulary:
         raise ValueError(f"generate: the tokens of prompt must be from 0 to {vocabulary - 1}")
-    if count < 0:
-        raise ValueError(f"generate: count must be ≥ 0, got {count}")
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"generate: count must be a whole number ≥ 0, got {count}")
     if not 0 <= temperature < math.inf:              # NaN fails this, too
         raise ValueError(f"generate: temperature must be ≥ 0 and finite, got {temperature}")
     if top_k is not None and top_k < 1:

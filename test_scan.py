@@ -1738,12 +1738,12 @@ def test_without_network_the_fallback_is_announced_and_labelled():
 # every number below it must be the one that its name says.
 
 import visualize_delta
-from visualize_delta import build, changes, haystacks, rank_correlation, switch_off, watch
+from visualize_delta import build, changes, haystacks, opening, rank_correlation, switch_off, watch
 
 
 def test_looking_at_delta_changes_no_output_and_sees_what_the_scan_computes():
     """Catches: a hook that replaces what it reads or stays, a Δ that is not the one that scans; a
-    state that is read before its token, or not carried on."""
+    state that is read before its token, or not carried on; another resting value."""
     torch.manual_seed(0)
     tokens, images = torch.randint(11, (2, 30)), torch.rand(2, 1, 28, 28)
     language, vision_model = MambaLM(11, 16, 2), VisionMamba(16, 2)
@@ -1760,6 +1760,10 @@ def test_looking_at_delta_changes_no_output_and_sees_what_the_scan_computes():
             _, B, C = layer.x_proj(x).split([layer.dt_rank, layer.n, layer.n], -1)
             y = selective_scan(x, scan.delta, -layer.A_log.exp(), B, C, layer.D)
             equal(f"{name}: the Δ that was read makes the output", layer(x)[0], y)
+            with watch(layer) as rest:
+                layer(torch.zeros(1, 1, x.shape[-1]))
+            ratio = scan.delta / rest[""].delta
+            allow(f"{name}: Δ over its resting value", error(2 ** opening(scan), ratio), 1e-5)
             states = [layer(x[:, :t])[1] for t in range(1, x.shape[1] + 1)]
             states = torch.stack([torch.zeros_like(states[0]), *states], 1)    # (b, l+1, d, n)
             moves = states.diff(dim=1).flatten(2).norm(dim=2)
@@ -1770,22 +1774,24 @@ def test_without_selection_delta_is_constant_and_S6_a_convolution():
     """Catches: an ablation that switches nothing off."""
     torch.manual_seed(0)
     x = torch.randn(2, 9, 8)
-    for what, constant, convolution in (("nothing", False, False), ("delta", True, False),
-                                        ("all", True, True)):
+    for what, delta_is_constant, is_linear in (("nothing", False, False), ("delta", True, False),
+                                               ("all", True, True)):
         layer = S6(8, 4)
         if what != "nothing":
             switch_off(layer, what)
         with watch(layer) as scans:
             y, _ = layer(x)
-        spread, twice = scans[""].delta.std(1).max(), error(layer(2 * x)[0], 2 * y)
-        print(f"    {what} off: Δ varies by {spread:.1e}; S6(2x) is 2 S6(x) but for {twice:.1e}")
-        assert (spread < 1e-6) == constant and (twice < 1e-5) == convolution
+        spread = scans[""].delta.std(1).max().item()
+        nonlinear = error(layer(2 * x)[0], 2 * y)
+        print(f"    {what} off: Δ varies by {spread:.1e}; S6(2x) is 2 S6(x) but for {nonlinear:.1e}")
+        assert (spread < 1e-6) == delta_is_constant
+        assert (nonlinear < 1e-5) == is_linear
         assert error(y, layer.D * x) > 1e-3        # and not because nothing is written or read
 
 
 def test_the_answer_to_a_haystack_is_right_by_construction_also_in_pieces():
     """Catches: an answer that is overwritten, a marker too many, a needle lost between pieces, a
-    state that is dropped between pieces, by Mamba or by the RNN."""
+    state that is dropped between pieces, by any model."""
     # If the data were wrong, no model could be right; or, worse, one could be right for no reason.
     for length, piece in ((3, None), (3, 1), (100, None), (100, 7), (100, 1)):
         places = torch.arange(length - 2)
@@ -1797,11 +1803,12 @@ def test_the_answer_to_a_haystack_is_right_by_construction_also_in_pieces():
         for row, place, answer in zip(tokens, places, answers):
             assert (row == 16).nonzero().flatten().tolist() == [place, length - 1]
             assert row[place + 1] == answer
-    for name in ("penalised", "rnn"):
+    for name in visualize_delta.MODELS:
         model = build(name, 0)
-        logits = visualize_delta.read(model, tokens.split(7, 1), CPU)
+        logits = visualize_delta.answer(model, tokens.split(7, 1), CPU)
+        whole, _ = model(tokens)
         allow(f"{name}: logits after 100 tokens, read in pieces of 7",
-              error(logits, model(tokens)[0][:, -1, :16]), 1e-5)
+              error(logits, whole[:, -1, :16]), 1e-5)
     for row, place, symbols in zip(*visualize_delta.scattered(50, 40, torch.Generator())):
         assert row[:40][row[:40] != 16].tolist() == symbols.tolist() == row[place].tolist()
         assert row[40:].tolist() == 16 * [17]
@@ -1810,27 +1817,19 @@ def test_the_answer_to_a_haystack_is_right_by_construction_also_in_pieces():
 def test_the_needle_is_taught_at_growing_lengths_and_the_penalty_comes_last():
     """Catches: a curriculum that stays at 8, a penalty from the first step, or on every model."""
     # In place of `learn` a note of what it was asked, and a loss that says: this length is solved.
-    calls, lengths = [], (8, 16, 32, 64, 128, 256)
+    calls, lengths = [], visualize_delta.TAUGHT
 
     def learn(model, optimizer, tokens, answers, penalty=0.0):
         calls.append((tokens.shape[1], penalty))
         return 0.04
 
-    with folder_with_data(), patch.multiple(visualize_delta, learn=learn, STAGES=(2, 4)):
+    with patch.multiple(visualize_delta, learn=learn, PER_STEP=512):
         for name, penalty in (("penalised", 0.01), ("selective", 0.0)):
             calls.clear()
             model = build(name, 0)
-            assert visualize_delta.teach_needle(model, name, 0, CPU, 60, 512) == 256
-            assert calls[:6] == [(length, 0.0) for length in lengths]
-            assert set(calls[6:]) == {(length, penalty) for length in lengths}
-        # By the paper's recipe length and loss stay as they are; resumed, it goes on from a stage.
-        calls.clear()
-        args = visualize_delta.parse("--task paper --resume".split())
-        for _ in range(2):
-            stages = [facts["steps"]
-                      for _, facts in visualize_delta.teach_as_the_paper(args, 0, CPU)]
-            os.remove("checkpoints/needle_paper-4-seed0.pt")
-        assert calls == 6 * [(256, 0.0)] and stages == [2, 4], calls
+            assert visualize_delta.teach_needle(model, name, 0, CPU, 60) == lengths[-1]
+            assert calls[:len(lengths)] == [(length, 0.0) for length in lengths]
+            assert set(calls[len(lengths):]) == {(length, penalty) for length in lengths}
     model, means = build("penalised", 0), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tokens, answers = torch.randint(16, (8, 16)), torch.randint(16, (8, 1))
@@ -1842,23 +1841,38 @@ def test_the_needle_is_taught_at_growing_lengths_and_the_penalty_comes_last():
     assert means[0] > means[1] > means[2]
     counts = {name: sum(p.numel() for p in build(name, 0).parameters())
               for name in visualize_delta.MODELS}
-    assert max(counts.values()) < min(75_000, 1.01 * min(counts.values())), counts
+    print(f"    {counts}")
+    assert max(counts.values()) < min(75_000, 1.01 * min(counts.values()))
 
 
-def test_the_numbers_at_the_needle_are_those_worked_out_by_hand():
-    """Catches: a window that is off, the question counted in, a scan that is read upside down."""
-    # The needle is 16, 5 at places 2 and 3; the five tokens from there on move the state by 25 of
-    # 30. Δ at the needle is 6, the median elsewhere 2. The question at the end counts nowhere.
-    tokens = torch.tensor([[1, 2, 16, 5, 3, 3, 3, 4, 4, 4, 16]])
-    delta = torch.tensor([[2., 2, 4, 6, 2, 2, 2, 2, 2, 2, 90]])
-    moves = torch.tensor([[1., 1, 5, 5, 5, 5, 5, 1, 1, 1, 90]])
-    model = build("penalised", 0)
-    with patch.multiple(visualize_delta, gate=lambda _: delta, changes=lambda _: moves,
-                        random_needles=lambda *_: (tokens, torch.tensor([2]), None)):
-        row = visualize_delta.gates_at_needles(model, "penalised", 0, CPU, 1, 11)[0]
+def fake_scan(ratio):
+    """A scan whose Δ is ratio (b, l, d) times its resting value, which is 2."""
+    bias = torch.full(ratio.shape[-1:], math.log(math.exp(2) - 1))             # softplus: 2
+    s6_with_bias = SimpleNamespace(dt_proj=SimpleNamespace(bias=bias))
+    return SimpleNamespace(s6=s6_with_bias, delta=2 * ratio)
+
+
+def test_the_numbers_below_a_picture_of_gates_are_those_worked_out_by_hand():
+    """Catches: a token that counts for the wrong side, channels that open counted as shut, a mean
+    in which one channel weighs more than another."""
+    # Seven tokens. At the third and fourth, channel 0 opens to 4 and 16 times its resting value,
+    # channel 1 shuts to a quarter, and channel 2 stays. The geometric means over the channels are
+    # 1 and 16^(1/3) · 4^(-1/3) = 4^(1/3).
+    ratio = torch.ones(1, 7, 3)
+    ratio[0, 2:4, 0] = torch.tensor([4.0, 16.0])
+    ratio[0, 2:4, 1] = 0.25
+    here = torch.tensor([[False, False, True, True, False, False, False]])
+    moves = torch.tensor([[1.0, 1, 5, 5, 1, 1, 90]])
+    elsewhere = ~here
+    elsewhere[0, -1] = False             # the last token counts nowhere
+    scans = contextlib.nullcontext({"": fake_scan(ratio)})
+    with patch.multiple(visualize_delta, watch=lambda _: scans, changes=lambda _: moves):
+        (row,) = visualize_delta.gate_rows(Mock(), "penalised", 0, torch.zeros(1, 7), here,
+                                           elsewhere)
     print(f"    {row}")
-    assert row["delta_at_needle"] == "6" and row["needle_over_median"] == "3"
-    assert row["share_of_change_percent"] == f"{100 * 25 / 30:.1f}"
+    assert row["ratio"] == f"{4 ** (1 / 3):.4g}" and row["delta_elsewhere"] == "2"
+    assert row["opens_percent"] == row["shuts_percent"] == "33.3"
+    assert row["share_of_change_percent"] == f"{100 * 10 / 14:.1f}"
 
 
 def test_delta_lies_on_the_image_where_its_token_was_read():
@@ -1870,65 +1884,105 @@ def test_delta_lies_on_the_image_where_its_token_was_read():
     spot[..., 8:12, 12:16] = 1                     # the patch in row 2, column 3
     before, after = (visualize_delta.read_images(model, image) for image in (black, spot))
     for scan, backward in list(before)[:2]:
-        grids = [visualize_delta.on_grid(r[scan, backward][0], backward) for r in (before, after)]
+        grids = [visualize_delta.on_grid(scans[scan, backward].delta[0].mean(-1), backward)
+                 for scans in (before, after)]
         changed = (grids[0] != grids[1]).nonzero().tolist()
         assert changed == [[2, column] for column in (range(4) if backward else range(3, 7))]
-    ink = torch.rand(3, 49)
-    row = visualize_delta.correlate(F.pad(ink, (2, 0))[:, :49], ink)
-    print(f"    Δ that is the ink two tokens back: {row}")
-    assert row["back_2"] == "1.000" and abs(float(row["back_0"])) < 0.5
+
+    # A Δ that is the ink two tokens back, in every channel.
+    ink = torch.rand(30, 49)
+    ratio = 0.5 + F.pad(ink, (2, 0))[:, :49]
+    rows = visualize_delta.compare_with_ink(fake_scan(ratio.unsqueeze(-1).expand(-1, -1, 4)), ink)
+    for row in rows:
+        for average in ("plain", "ratio", "geometric"):
+            rho = float(row[f"rho_{average}"])
+            assert rho > 0.95 if row["back"] == 2 else abs(rho) < 0.1, row
+    print(f"    {rows[2]}")
+    assert (rows[2]["opens_percent"], rows[2]["shuts_percent"]) == ("100.0", "0.0")
+
     a, b = torch.tensor([[1., 2, 2, 4]]), torch.tensor([[10., 30, 20, 40]])
     # ranks 1, 2½, 2½, 4 and 1, 3, 2, 4: ρ = 4.5 / √(4.5 · 5)
     allow("ρ with a tie", abs(rank_correlation(a, b).item() - 0.9 ** 0.5), 1e-6)
     allow("ρ of a falling pair", abs(rank_correlation(b, -b).item() + 1), 1e-6)
-    kinds = visualize_delta.kinds_of("\n\nROMEO:\nI'm no: one.")
-    assert [kind[:2] for kind in kinds] == ["li", "li", *5 * ["sp"], "co", "li", "fi", "ot", "le",
-                                            "sp", "fi", "le", "co", "sp", "fi", "le", "le", "ot"]
+
+
+def test_the_kinds_of_characters_are_those_that_a_reader_sees():
+    """Catches: a letter after an apostrophe taken for a first one, a line taken for a name."""
+    string = "\n\nROMEO:\nI'm no: one."
+    expected = ["line break"] * 2 + ["speaker's name"] * 5 + ["colon", "line break"]
+    expected += ["first letter", "other", "letter in a word", "space"]                 # I'm
+    expected += ["first letter", "letter in a word", "colon", "space"]                 # no:
+    expected += ["first letter", "letter in a word", "letter in a word", "other"]      # one.
+    assert visualize_delta.kinds_of(string) == expected
+    # Read in pieces, the means by kind are those of the whole text.
+    torch.manual_seed(0)
+    model, tokens = MambaLM(11, 16, 2), torch.randint(11, (100,))
+    masks = (torch.arange(100) % 3 == torch.arange(3).unsqueeze(1)).float()
+    passage, sums = visualize_delta.read_text(model, tokens, masks, piece=70)
+    with watch(model) as scans:
+        model(tokens.unsqueeze(0))
+    for layer, scan in enumerate(scans.values(), 1):
+        whole = opening(scan)[0]
+        allow(f"layer {layer}: sums by kind", error(sums[layer], masks @ whole), 1e-4)
+        allow(f"layer {layer}: the passage", error(passage[layer], whole[1:59]), 1e-5)
+
+
+LOOK = "visualize_delta.py --task"
+LOOKS = [  # a command, and the files that it must write
+    (f"{LOOK} digits", "results/delta_synthetic_digits.csv figures/delta_synthetic_digits_ink.png "
+     "figures/delta_synthetic_digits_digit.png figures/delta_synthetic_digits_gates.png"),
+    (f"{LOOK} digits --digit 3 --index 1 --name d", "results/d.csv figures/d_gates_3_1.png"),
+    (f"{LOOK} text", "results/delta_text_synthetic_pydoc_quick.csv "
+     "figures/delta_text_synthetic_pydoc_quick.png"),
+    (f"{LOOK} needle --quick", "results/needle_quick.csv results/needle_quick_delta.csv "
+     "figures/needle_quick_lengths.png figures/needle_quick_gates.png"),
+    (f"{LOOK} needle --quick --models selective rnn --steps 3 --name long",
+     "results/long.csv figures/long_lengths.png checkpoints/long-selective-seed0.pt"),
+    (f"{LOOK} copying --quick", "results/copying_quick.csv results/copying_quick_delta.csv "
+     "figures/copying_quick_gates.png"),
+]
 
 
 def test_the_commands_that_look_at_delta_write_what_they_promise():
     """Catches: a figure that is promised and not written, a control from another seed, the weights
     before averaging; a traceback for a model that cannot be looked at."""
-    look, path = "visualize_delta.py --task", "checkpoints/synthetic_digits-bidirectional-seed3.pt"
-    # Real files and figures, but little work: no learning, two haystacks, images of 4×4 tokens.
-    learn, gates = Mock(return_value=0.04), visualize_delta.gates_at_needles
+    path = "checkpoints/synthetic_digits-bidirectional-seed3.pt"
+    # Real files and figures, but little work: no learning, images of 4×4 tokens, two lengths.
+    learn = Mock(return_value=0.04)
     with folder_with_data(), patch.object(torch, "set_flush_denormal"), patch.multiple(
-            visualize_delta, learn=learn, QUICK=dict(steps=4, tokens_per_step=256), LONGEST_QUICK=7,
-            gates_at_needles=functools.partial(gates, count=2, length=64)):
-        answers(f"{look} digits", ["no trained model", "train_mnist.py"])
+            visualize_delta, learn=learn, QUICK_STEPS=4, PER_STEP=256, LONGEST_QUICK=7):
+        answers(f"{LOOK} digits", ["no trained model", "train_mnist.py"])
         runs(f"{DIGITS} --seed 3 --patch 7 --stem patch")
         runs(f"{HELP} --data synthetic")
-        runs(f"{OWN} --model rnn")
-        answers(f"{look} digits --checkpoint checkpoints/grey-rnn-seed0.pt", ["read MNIST"])
-        answers(f"{look} digits --index 199", ["27 test images of a 7", "--index"])
-        state = torch.load(path)
+        checkpoint = torch.load(path)
         torch.manual_seed(train_mnist.seed_for(3, "weights"))
 
         def make():
-            return train_mnist.build(state["recipe"], digits())[0]
+            return train_mnist.build(checkpoint["recipe"], digits())[0]
 
-        exact = {"untrained": make().state_dict(), "trained": state["average"]}
-        for name, model in visualize_delta.make_pair(state, make).items():
+        exact = {"untrained": make().state_dict(), "trained": checkpoint["average"]}
+        for name, model in visualize_delta.make_pair(checkpoint, make).items():
             assert all(map(torch.equal, model.state_dict().values(), exact[name].values()))
-        runs(f"{look} digits needle copying text --quick")
-        os.remove("figures/needle_lengths_quick.png")      # paper draws it too
-        runs(f"{look} paper --quick")
+
+        for line, files in LOOKS:
+            runs(line)
+            for file in files.split():
+                assert os.path.getsize(file) > 100, file
         steps = learn.call_count
-        printed, _ = runs(f"{look} needle paper copying --quick --resume")
+        printed, _ = runs(f"{LOOK} needle copying --quick --resume")
         assert learn.call_count == steps and "model=penalised seed=0" in printed
-        state["scores"].pop()
-        torch.save(state, path)
-        answers(f"{look} digits", [path, "finished training"])
-        found = {name for folder in ("results", "figures") for name in os.listdir(folder)
-                 if "old" not in name}   # what --resume has written again is set aside
-    print(f"    {sorted(found)}")
-    digit, text = "synthetic_digits", "synthetic_pydoc_quick"
-    assert found == {
-        f"delta_{digit}.csv", f"delta_digit_{digit}.png", f"delta_ink_{digit}.png",
-        f"scan_{digit}.gif", f"delta_text_{text}.csv", f"delta_text_{text}.png",
-        "needle_quick.csv", "needle_delta_quick.csv", "needle_delta_quick.png",
-        "needle_lengths_quick.png", "needle_grid_quick.png", "needle_paper_quick.csv",
-        "copying_length_32_quick.csv", "copying_length_32_quick.png"}
+        answers(f"{LOOK} needle --models rnn --steps 9 --name long --resume", ["long-rnn", "9"])
+        runs(f"{LOOK} needle --quick")
+        assert os.path.exists("checkpoints/needle_quick-penalised-seed0.pt.old")
+
+        runs(f"{DIGITS} --model s4 --name s4 --patch 7 --stem patch")
+        answers(f"{LOOK} digits --checkpoint checkpoints/s4-s4-seed0.pt", ["no Δ"])
+        answers(f"{LOOK} digits --checkpoint {path} checkpoints/s4-s4-seed0.pt", ["the seed"])
+        answers(f"{LOOK} digits --index 199", ["27 test images of a 7", "--index"])
+        answers(f"{LOOK} digits --models s4", ["--name"])
+        checkpoint["scores"].pop()
+        torch.save(checkpoint, path)
+        answers(f"{LOOK} digits", [path, "finished training"])
 
 
 # --------------------------------------------------------------------------------------------------

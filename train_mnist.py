@@ -42,6 +42,7 @@ import platform
 import shlex
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -51,7 +52,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -61,7 +63,6 @@ from block import MambaBlock, graphed, parameter_groups
 from rnn import RNN, S4Block, S4Stack
 from vision import BEGIN, GREYS, ImageClassifier, PixelLM, VisionMamba, complete
 
-matplotlib.use("Agg")            # figures are files: no window is opened
 # The models, and their colours in the figures.
 MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c"}
 MODELS |= {"rnn": "#7f7f7f", "forward": "#17becf"}
@@ -328,6 +329,9 @@ def train(recipe, data, device, path, resume):
                   f"{nats:.4f} nats, {percent:.2f} % right", flush=True)
         if epoch_ends or (step + 1) % SAVE_EVERY == 0:
             save_checkpoint(path, facts, modules, log, scores)
+
+    if RANK == 0 and read_checkpoint(path)["log"] != log:
+        raise ValueError(f"{path} is by another training now: give each a --name of its own")
     return Run(average, task, log, scores)
 
 
@@ -446,6 +450,13 @@ def write(path, make, keep_old=False):
         os.replace(part, path)
     finally:
         Path(part).unlink(missing_ok=True)
+
+
+def check_folders(*folders):
+    """Make them if need be. A folder that cannot be written is noticed now: an OSError."""
+    for folder in folders:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_rows(path, rows):
@@ -615,12 +626,7 @@ def load_torchvision(dataset, data_dir):
 
 
 def load_folder(folder, size):
-    """FOLDER/train/<class>/* and FOLDER/test/<class>/*, grey or colour -> Data.
-
-    The data set is named after its folder; own-mnist if that is mnist, so that its results do not
-    pass for the published one's. CIFAR-10-images, as a copy of CIFAR-10 in JPEG files is usually
-    called, is cifar10-jpeg: its results are not quite those of CIFAR-10.
-    """
+    """FOLDER/train/<class>/* and FOLDER/test/<class>/*, grey or colour -> Data."""
     for part in ("train", "test"):
         if not os.path.isdir(f"{folder}/{part}"):
             raise ValueError(f"there is no folder {folder}/{part}, and {folder} is none of "
@@ -645,35 +651,54 @@ def load_folder(folder, size):
 
     # The files come sorted by class. --limit and --holdout want any part of them mixed.
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    name = os.path.basename(os.path.abspath(folder))
+    return as_data(data_name(folder), x[order], y[order], test_x, test_y, classes)
+
+
+def data_name(dataset):
+    """What the results of a data set carry: a name in TORCHVISION, or that of a folder.
+
+    A folder called mnist becomes own-mnist, so that its results do not pass for the published
+    one's. CIFAR-10-images, as a copy of CIFAR-10 in JPEG files is usually called, is cifar10-jpeg:
+    its results are not quite those of CIFAR-10.
+    """
+    if dataset in TORCHVISION:
+        return dataset
+    name = os.path.basename(os.path.abspath(dataset))
     if name == "CIFAR-10-images":
-        name = "cifar10-jpeg"
-    elif name.lower().startswith((*TORCHVISION, *RECIPES, "synthetic-digits")):
-        name = f"own-{name}"
-    return as_data(name, x[order], y[order], test_x, test_y, classes)
+        return "cifar10-jpeg"
+    if name.lower().startswith((*TORCHVISION, *RECIPES, "synthetic-digits")):
+        return f"own-{name}"
+    return name
 
 
 def list_images(folder):
     """The images in folder/<class>/*: -> names of the classes, paths, labels (N,), sorted.
 
-    What begins with a dot is skipped, and so is what no image is by its suffix (a GIF, too).
+    What is no image by its suffix is skipped (a GIF, too).
     """
     classes = sorted(path.name for path in Path(folder).iterdir()
                      if path.is_dir() and not path.name.startswith("."))
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = images_in(f"{folder}/{name}")
-        if not found:
-            raise ValueError(f"there is no image in {folder}/{name}")
         paths += found
         labels += [label] * len(found)
     return classes, paths, torch.tensor(labels)
 
 
 def images_in(folder):
-    """The paths of all images in a folder and in its folders, sorted."""
-    return [path for path in sorted(Path(folder).rglob("*"))
-            if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")]
+    """The paths of all images in a folder and in its folders, sorted.
+
+    Raises ValueError if there are none. What begins with a dot is skipped.
+    """
+    paths = []
+    for path in sorted(Path(folder).rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in IMG_EXTENSIONS and not hidden:
+            paths.append(path)
+    if not paths:
+        raise ValueError(f"there is no image in {folder}")
+    return paths
 
 
 def read_image(path, size=None, mode="RGB"):
@@ -700,6 +725,16 @@ def read_image(path, size=None, mode="RGB"):
         raise ValueError(f"cannot read {path} ({first_line(error)})") from error
 
 
+def draw_glyph(font, digit):
+    """A digit in the font of that file, white on black: (28, 28), 0 … 1."""
+    figure = Figure(figsize=(0.28, 0.28), dpi=100)                 # 28×28 pixels
+    figure.text(0.5, 0.5, str(digit), font=font, fontsize=19, ha="center", va="center_baseline")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = torch.tensor(memoryview(canvas.buffer_rgba()).tolist())           # (28, 28, rgba)
+    return 1 - pixels[..., 0] / 255
+
+
 def synthetic_digits(train=20000, test=4000):
     """Digits in the fonts that come with matplotlib, under random warps and noise: -> Data.
 
@@ -714,15 +749,11 @@ def synthetic_digits(train=20000, test=4000):
                 fonts.append(path)
 
     glyphs = torch.zeros(len(fonts), 10, 28, 28)                   # white on black, 0 … 1
-    for i, font in enumerate(fonts):
-        for digit in range(10):
-            figure = plt.figure(figsize=(0.28, 0.28), dpi=100)     # 28×28 pixels
-            figure.text(0.5, 0.5, str(digit), font=font, fontsize=19, ha="center",
-                        va="center_baseline")
-            figure.canvas.draw()
-            pixels = torch.tensor(memoryview(figure.canvas.buffer_rgba()).tolist())
-            glyphs[i, digit] = 1 - pixels[..., 0] / 255            # (28, 28)
-            plt.close(figure)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()          # the same digits, whatever a matplotlibrc says
+        for i, font in enumerate(fonts):
+            for digit in range(10):
+                glyphs[i, digit] = draw_glyph(font, digit)
 
     generator, tensors = torch.Generator().manual_seed(0), []
     for count in (train, test):
@@ -863,6 +894,9 @@ def print_table(rows):
         score, parameters = mean_sd(scores, digits), runs[0]["params"]
         print(f"| {model} | {parameters:,} | {score} | {gained} | {seconds} |")
         above = scores
+    sizes = [row["params"] for row in rows]
+    if max(sizes) > 1.02 * min(sizes):
+        print("These models differ by more than 2 % in size, and so the comparison says less.")
 
 
 def draw_runs(path, runs, title):
@@ -873,7 +907,8 @@ def draw_runs(path, runs, title):
     What to see: over steps all but the RNN lie close together. Over seconds they part, since a step
     of the cheaper ones takes less time.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     axes[1].sharey(axes[0])
     for i, (row, its_runs) in enumerate(runs.items()):
         color = MODELS.get(row, f"C{i}")
@@ -918,9 +953,8 @@ def draw_completions(path, runs, data):
             drawn = complete(run.average, images[:, :half], height * width, seed)
             rows[f"{model} {seed + 1}"] = drawn
 
-    size = (10, 0.95 * len(rows) + 0.4)
-    figure, axes = plt.subplots(len(rows), len(images), figsize=size, layout="constrained",
-                                squeeze=False)
+    figure = Figure(figsize=(10, 0.95 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
     for row, (name, pixels) in zip(axes, rows.items()):
         missing = height * width - pixels.shape[1]
         shown = F.pad(pixels.float(), (0, missing), value=math.nan).cpu()
@@ -966,7 +1000,7 @@ def parse(arguments):
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
     if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name}, but {', '.join(RECIPES)}")
+        sys.exit(f"train_mnist.py: there is no recipe {name}, but {', '.join(RECIPES)}")
     p = argparse.ArgumentParser(
         usage="train_mnist.py [recipe] [--flag value ...]  (--help lists them)",
         description=__doc__,
@@ -1018,6 +1052,25 @@ def parse(arguments):
     return args, recipe
 
 
+def file_name(recipe, data):
+    """What files are called: after the recipe, and after the data if they are not its own."""
+    own = RECIPES[recipe]["dataset"]
+    name = recipe if data == own else data if recipe == own else f"{recipe}-{data}"
+    return name.replace("-", "_")
+
+
+def find_checkpoint(args, recipe):
+    """The checkpoint that --predict uses: of a full training if there is one."""
+    data = data_name(recipe["dataset"])
+    names = [args.name or file_name(recipe["recipe"], name)
+             for name in (data, "synthetic-digits", f"{data}-quick", "synthetic-digits-quick")]
+    paths = [f"{args.out}/{name}-{recipe['model']}-seed{recipe['seed']}.pt" for name in names]
+    for path in paths:
+        if os.path.exists(path):
+            return path
+    raise ValueError(f"there is no {paths[0]}: train a model, or name one by --checkpoint")
+
+
 @torch.no_grad()
 def predict(paths, checkpoint_path, invert):
     """Print what a trained model sees in pictures: a line for each, the likeliest classes first.
@@ -1033,9 +1086,10 @@ def predict(paths, checkpoint_path, invert):
     data = Data(facts["name"], none, none, none, none, facts["classes"], facts["mean"],
                 facts["std"])
     model, task = build(recipe, data)
-    model.load_state_dict(checkpoint["average"])
-
-    model.eval()
+    try:
+        model.eval().load_state_dict(checkpoint["average"])
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint_path} is by another version of this code") from error
 
     files = []
     for path in paths:
@@ -1072,18 +1126,15 @@ def prepare_data(args, recipe, device):
 def run(args, recipe):
     """One training; or, with --compare, one for each row and seed, then their table and figure."""
     if args.predict:
-        name = args.name or recipe["recipe"] + ("_quick" if args.quick else "")
-        path = f"{args.out}/{name}-{recipe['model']}-seed{recipe['seed']}.pt"
-        predict(args.predict, args.checkpoint or path, args.invert)
+        path = args.checkpoint or find_checkpoint(args, recipe)
+        print(f"by {path}", file=sys.stderr)
+        predict(args.predict, path, args.invert)
         return
+    if args.compare or recipe["task"] == "next-pixel":
+        check_folders("results", "figures")
     device = choose_device(args.device)
     data = prepare_data(args, recipe, device)
-    # Files are called after the recipe; what was trained on other data is called after those too.
-    name = recipe["recipe"]
-    own = RECIPES[name]["dataset"]
-    if data.name != own:
-        name = data.name if name == own else f"{name}-{data.name}"
-    name = args.name or name.replace("-", "_")
+    name = args.name or file_name(recipe["recipe"], data.name)
 
     seeds, models = [recipe["seed"]], {recipe["model"]: {}}
     if args.compare:
@@ -1119,10 +1170,12 @@ def main():
     """The command. A mistake is answered in one line."""
     if hasattr(sys.stdout, "reconfigure"):       # a terminal or a log may not know all letters
         sys.stdout.reconfigure(errors="replace")
+    args, recipe = parse(sys.argv[1:])
     try:
-        run(*parse(sys.argv[1:]))
+        run(args, recipe)
     except (KeyboardInterrupt, BrokenPipeError):       # the latter: `| head` has seen enough
-        print("\ntrain_mnist.py: stopped; a training goes on with --resume", file=sys.stderr)
+        hint = "" if args.predict else "; go on with --resume"
+        print(f"\ntrain_mnist.py: stopped{hint}", file=sys.stderr)
         os._exit(130)                    # at once: PyTorch's clean-up takes most of a second
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         sys.exit(f"train_mnist.py: {first_line(error)}")

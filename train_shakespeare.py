@@ -35,20 +35,18 @@ import platform
 import shlex
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 
 from block import MambaLM, State, generate, graphed, parameter_groups
-
-matplotlib.use("Agg")            # figures are files: no window is opened
 
 # Each value is also a flag, and stands in every checkpoint: so does one that you add.
 RECIPE = dict(
@@ -182,6 +180,9 @@ def train(recipe, text, device, path, resume):
             print_epoch(average, text, recipe, scores)
         if epoch_ends or ((step + 1) % SAVE_EVERY == 0 and PROCESSES == 1):
             save_checkpoint(path, facts, modules, log, scores, states)
+
+    if RANK == 0 and read_checkpoint(path)["log"] != log:
+        raise ValueError(f"{path} is by another training now: give each a --name of its own")
     return Run(average, log, scores)
 
 
@@ -335,6 +336,13 @@ def write(path, make, keep_old=False):
         Path(part).unlink(missing_ok=True)
 
 
+def check_folders(*folders):
+    """Make them if need be. A folder that cannot be written is noticed now: an OSError."""
+    for folder in folders:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 def write_rows(path, rows):
     """A CSV file of dictionaries that have the same keys; an earlier one becomes path.old."""
     text = io.StringIO()
@@ -410,7 +418,10 @@ def load_model(path, device):
     if "vocabulary" not in checkpoint:
         raise ValueError(f"{path} holds no language model")
     model = build(RECIPE | checkpoint["recipe"], checkpoint["vocabulary"])
-    model.load_state_dict(checkpoint["average"])
+    try:
+        model.load_state_dict(checkpoint["average"])
+    except RuntimeError as error:
+        raise ValueError(f"{path} is by another version of this code") from error
     return model.to(device).eval(), checkpoint["vocabulary"]
 
 
@@ -581,7 +592,8 @@ def draw_loss(path, runs, recipe, text, title):
     knows the block so far. Where the right curve meets the line of the streaming loss, more memory
     does not help any more.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     red, blue, block = "#d62728", "#1f77b4", recipe["block"]
     millions = recipe["batch"] * block / 1e6               # characters per step
     places = []
@@ -628,18 +640,25 @@ def draw_loss(path, runs, recipe, text, title):
 # --------------------------------------------------------------------------------------------------
 # Writing.
 
+def find_checkpoint(args):
+    """The checkpoint that --generate uses: of a full training if there is one."""
+    texts = [text_name(args.text)] if args.text else ["shakespeare", "synthetic-pydoc"]
+    names = [args.name or file_name(text, quick) for quick in (False, True) for text in texts]
+    paths = [os.path.join(args.out, f"{name}-seed0.pt") for name in names]
+    for path in paths:
+        if os.path.exists(path):
+            return path
+    raise ValueError(f"there is no {paths[0]}: train a model, or name one by --checkpoint")
+
+
 def write_text(args, device):
     """Continue a prompt on stdout, as it comes; at the end, say on stderr how fast it came.
 
     The speed does not depend on how much is written: try --tokens 100000.
     """
     torch.set_num_threads(1)             # products this small gain nothing from a second thread
-    texts = [text_name(args.text)] if args.text else ["shakespeare", "synthetic-pydoc"]
-    names = [args.name or file_name(text, args.quick) for text in texts]
-    paths = [os.path.join(args.out, f"{name}-seed0.pt") for name in names]
-    path = args.checkpoint or next(filter(os.path.exists, paths), paths[0])
-    if not os.path.exists(path):
-        raise ValueError(f"there is no {path}: train a model, or name one by --checkpoint")
+    path = args.checkpoint or find_checkpoint(args)
+    print(f"by {path}", file=sys.stderr)
     model, vocabulary = load_model(path, device)
 
     prompt = encode(args.generate, vocabulary).to(device)
@@ -749,6 +768,8 @@ def run(args, recipe):
     if args.generate is not None:
         write_text(args, device)
         return
+    if args.seeds:
+        check_folders("results", "figures")
     text = prepare_text(args, device)
     name = args.name or file_name(text.name)
 
@@ -774,10 +795,12 @@ def main():
     """The command. A mistake is answered in one line."""
     if hasattr(sys.stdout, "reconfigure"):       # a terminal or a log may not know all letters
         sys.stdout.reconfigure(errors="replace")
+    args, recipe = parse(sys.argv[1:])
     try:
-        run(*parse(sys.argv[1:]))
+        run(args, recipe)
     except (KeyboardInterrupt, BrokenPipeError):       # the latter: `| head` has seen enough
-        print("\ntrain_shakespeare.py: stopped; a training goes on with --resume", file=sys.stderr)
+        hint = "" if args.generate is not None else "; go on with --resume"
+        print(f"\ntrain_shakespeare.py: stopped{hint}", file=sys.stderr)
         os._exit(130)                    # at once: PyTorch's clean-up takes most of a second
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         sys.exit(f"train_shakespeare.py: {first_line(error)}")

@@ -1,31 +1,26 @@
-"""visualize_delta.py: look at Δ, and at what an untrained Δ looks like.
+"""visualize_delta.py: look at Δ channel by channel, and at what an untrained Δ looks like.
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        Δ_t → 0: token t leaves the state as it was
 
     python visualize_delta.py                  needle and digits: 12 minutes on one core
     python visualize_delta.py --task digits    Δ on a 7 (--digit, --index) and on 1,000 test digits
+    python visualize_delta.py --task text      Δ on Shakespeare, character by character
     python visualize_delta.py --task needle    a needle in a haystack of a million tokens
-    python visualize_delta.py --task paper     the same by the paper's recipe: an hour on one core
-    python visualize_delta.py --task copying   16 symbols, scattered among 256 tokens: 13 minutes
-    python visualize_delta.py --task text      Δ on Shakespeare, character by character: 1 minute
-The tasks that train are needle, paper and copying. --quick: fewer steps; --seeds 0 1 2: as in the
-README; --resume: with the models that were trained already.
+    python visualize_delta.py --task copying   16 symbols, scattered among 256 tokens
 
 The claim: Δ is the gate by which a selective model decides what to write into its state. A picture
-alone proves nothing, so each one has a control on the same scale: the model before its first
+alone proves nothing. So each one has a control on the same scale: the model before its first
 training step, or one whose selection is switched off.
 
-Digits, with the classifiers of train_mnist.py. Do not expect a Δ that is large on the strokes. It
-is large about two tokens behind them, in the direction of reading. It can be: the convolution shows
-a scan the three tokens before as well, and two layers of them reach further back.
+Every channel has a Δ of its own, and a mean over channels hides that they do opposite things. So
+one figure serves all tasks (`draw_gates`): channels over tokens, Δ over that channel's resting
+value. One pair of numbers goes with it: which share of the channels opens where the claim says, and
+which share shuts.
 
-Needle and copying, the paper's two tasks of memory (section 4.1), with small models that are
-trained here. Needle: expect the model whose loss has a penalty on Δ as well to find nearly all of
-them, at all lengths up to a million tokens. Copying: expect it to need the selection.
-
-Text, with the models of train_shakespeare.py. Expect no gate that opens at spaces: mostly they get
-less than a letter inside a word. In the last layer it opens most at line breaks or in speakers'
-names, to 1.3 … 1.7 times its resting value, and in a middle layer at the first letters of words.
+Digits look at the classifiers of train_mnist.py, text at the models of train_shakespeare.py. Needle
+and copying are the paper's two tasks of memory (section 4.1), and train small models here: --quick
+takes fewer steps, --seeds 0 1 2 gives the README's tables, --models and --steps ask for others, and
+--resume takes the models that are trained already.
 
 Read before: train_mnist.py and train_shakespeare.py, whose models are looked at here.
 """
@@ -43,37 +38,27 @@ import sys
 import time
 from types import SimpleNamespace
 
-import matplotlib
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
-from matplotlib.colors import TwoSlopeNorm
-from PIL import Image
+from matplotlib.figure import Figure
 
 import train_mnist
 import train_shakespeare
-from block import MambaLM
-from rnn import RNN
+from block import MambaLM, RMSNorm
+from rnn import RNN, S4Block
 from s6 import S6
-from train_mnist import choose_device, describe, first_line, seed_for, write, write_rows
-from train_shakespeare import load_text, read_checkpoint
+from train_mnist import (between, check_folders, choose_device, describe, first_line,
+                         read_checkpoint, seed_for, whole, write, write_rows)
 
-matplotlib.use("Agg")            # figures are files: no window is opened
-plt.rcParams.update({"figure.constrained_layout.use": True, "figure.titlesize": 10,
-                     "axes.grid": True, "axes.titlesize": 10, "grid.alpha": 0.3,
-                     "legend.frameon": False, "legend.fontsize": 8, "savefig.dpi": 110})
 LOOKS = {"trained": "#d62728", "untrained": "#7f7f7f"}     # a model and its control: colours
-LAYERS = ("#17becf", "#000000")          # colours of the first and second layer
 
 
 # --------------------------------------------------------------------------------------------------
 # Reading Δ: by hooks, which are removed afterwards.
-#
-# Every channel has a Δ of its own. What is shown is the mean over the channels, mostly divided by
-# its resting value: 1 is the Δ that a token of zeros would get, 2 a gate twice as wide open. The
-# resting value itself says little about selection, since it is the same at every token.
+
+FLOOR = 1e-9         # smallest Δ that counts: at A = -1 a million such steps forget 0.1 %
+
 
 @contextlib.contextmanager
 def watch(model):
@@ -86,18 +71,19 @@ def watch(model):
     """
     scans, hooks = {}, []
     for name, module in model.named_modules():
-        if isinstance(module, S6):
-            scan = scans[name] = SimpleNamespace(s6=module, x=None, delta=None)
+        if not isinstance(module, S6):
+            continue
+        scan = scans[name] = SimpleNamespace(s6=module, x=None, delta=None)
 
-            # scan=scan: otherwise all hooks would share the variable, and write to the last one.
-            def note_x(_, inputs, scan=scan):
-                scan.x = inputs[0]
+        # scan=scan: otherwise all hooks would share the variable, and write to the last one.
+        def note_x(_, inputs, scan=scan):
+            scan.x = inputs[0]
 
-            def note_delta(_, inputs, output, scan=scan):
-                scan.delta = F.softplus(output)
+        def note_delta(_, inputs, output, scan=scan):
+            scan.delta = F.softplus(output)
 
-            hooks.append(module.register_forward_pre_hook(note_x))
-            hooks.append(module.dt_proj.register_forward_hook(note_delta))
+        hooks.append(module.register_forward_pre_hook(note_x))
+        hooks.append(module.dt_proj.register_forward_hook(note_delta))
     try:
         yield scans
     finally:
@@ -105,14 +91,26 @@ def watch(model):
             hook.remove()
 
 
-def gate(scan):
-    """How wide the gate is open at each token: Δ > 0, mean over the channels, (b, l)."""
-    return scan.delta.mean(-1)
+def opening(scan):
+    """How wide each gate is open: log2(Δ / its resting value), (b, l, d). Without a gradient.
+
+    0 is the Δ that a token of zeros would get, softplus(bias); 1 a gate twice as wide open, -1 half
+    as wide. The resting value itself says nothing about selection: it is the same at every token.
+    """
+    rest = F.softplus(scan.s6.dt_proj.bias)                                    # (d,)
+    return (scan.delta.clamp(min=FLOOR) / rest.clamp(min=FLOOR)).log2().detach()
 
 
-def over_rest(scan):
-    """The same over its resting value, what an input of zero would get: softplus(bias)."""
-    return gate(scan) / F.softplus(scan.s6.dt_proj.bias).mean()
+def opens_and_shuts(here, elsewhere):
+    """Percent of channels whose Δ is at least a tenth larger here than elsewhere, or smaller.
+
+    here, elsewhere (d,): means of `opening` over tokens of both kinds
+    """
+    change = here - elsewhere
+    tenth = math.log2(1.1)
+    opens = 100 * (change > tenth).float().mean().item()
+    shuts = 100 * (change < -tenth).float().mean().item()
+    return {"opens_percent": f"{opens:.1f}", "shuts_percent": f"{shuts:.1f}"}
 
 
 @torch.no_grad()
@@ -121,7 +119,8 @@ def changes(scan):
     h, moves = None, []
     for token in scan.x.split(1, 1):     # a scan of length 1 is a step of the recurrence
         _, new = scan.s6(token, h)                                             # (b, d, n)
-        moves.append((new if h is None else new - h).flatten(1).norm(dim=1))
+        move = new if h is None else new - h
+        moves.append(move.flatten(1).norm(dim=1))
         h = new
     return torch.stack(moves, 1)
 
@@ -129,71 +128,108 @@ def changes(scan):
 # --------------------------------------------------------------------------------------------------
 # Files: models in, rows and figures out.
 
-def load(path, **modules):
-    """Fill modules from a checkpoint, by their names in it: -> all of it; or end with one line."""
-    try:
-        state = read_checkpoint(path)
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        return state
-    except Exception as error:           # what zipfile and torch say of a damaged or other file
-        sys.exit(f"visualize_delta.py: cannot use {path} ({first_line(error)}): name others by "
-                 f"--checkpoint, or leave out --resume")
-
-
 def trained_models(args, names, command):
-    """What a training script saved: -> its dictionaries. Ends with one line if there are none.
+    """What a training script saved: -> checkpoints that differ in the seed alone.
 
     They are those of --checkpoint, or every seed of the first of the names that is in --out.
+    Raises ValueError if there are none, or one does not hold a finished training of that script.
     """
-    found = (sorted(glob.glob(f"{glob.escape(args.out)}/{name}-seed*.pt")) for name in names)
-    paths = args.checkpoint or next(filter(None, found), [])
+    paths = args.checkpoint
+    for name in names:
+        paths = paths or sorted(glob.glob(f"{glob.escape(args.out)}/{name}-seed*.pt"))
     if not paths:
-        sys.exit(f"visualize_delta.py: no trained model in {args.out}: run {command} first, or "
-                 f"name one by --checkpoint")
-    states = []
+        raise ValueError(f"no trained model in {args.out}: run {command} first, or name one by "
+                         f"--checkpoint")
+    checkpoints = []
     for path in paths:
-        states.append(load(path))
-        if len(states[-1].get("scores", [])) < states[-1].get("recipe", {}).get("epochs", 1):
-            sys.exit(f"visualize_delta.py: {path} does not hold a finished training of {command}: "
-                     f"go on with it by --resume, or name others by --checkpoint")
-    return states
+        checkpoint = read_checkpoint(path)
+        recipe, scores = checkpoint.get("recipe", {}), checkpoint.get("scores", [])
+        if len(scores) < recipe.get("epochs", 1):
+            raise ValueError(f"{path} does not hold a finished training of {command}: go on with "
+                             f"it by --resume, or name others by --checkpoint")
+        checkpoints.append(checkpoint)
+        if {**recipe, "seed": 0} != {**checkpoints[0]["recipe"], "seed": 0}:
+            raise ValueError(f"{path} and {paths[0]} differ in more than the seed: name others by "
+                             f"--checkpoint")
+    return checkpoints
 
 
-def make_pair(state, make):
+def make_pair(checkpoint, make):
     """A trained model and its control, {"trained": …, "untrained": …}; make() builds it.
 
     With the seed of the training, make() gives the weights from before the first step.
+    Raises ValueError if the model has no scan to look at.
     """
-    torch.manual_seed(seed_for(state["recipe"]["seed"], "weights"))
+    torch.manual_seed(seed_for(checkpoint["recipe"]["seed"], "weights"))
     untrained = make().eval()
+    if not any(isinstance(module, S6) for module in untrained.modules()):
+        raise ValueError("these models have no Δ to look at: name others by --checkpoint")
     trained = copy.deepcopy(untrained)
-    trained.load_state_dict(state["average"])
+    trained.load_state_dict(checkpoint["average"])
     return {"trained": trained, "untrained": untrained}
 
 
-def keep(name, rows, **same):
-    """Rows, with what is the same in all of them and the command that made them, as a CSV file.
-
-    One that was there before is set aside.
-    """
-    command = "python " + shlex.join(sys.argv)
-    write_rows(f"results/{name}.csv", [{**row, **same, "command": command} for row in rows])
+def save_rows(name, rows, **same):
+    """Rows, with what is the same in all of them and the command that made them, as a CSV file."""
+    same["command"] = "python " + shlex.join(sys.argv)
+    write_rows(f"results/{name}.csv", [row | same for row in rows])
     print(f"wrote results/{name}.csv", flush=True)
 
 
-def kept(name):
-    """The rows of a table that was written before; none if there is no such table."""
-    path = f"results/{name}.csv"
-    return list(csv.DictReader(open(path, encoding="utf-8"))) if os.path.exists(path) else []
+def new_figure(rows, columns, size, **settings):
+    """-> a figure, and its axes (rows, columns). The settings are those of `Figure.subplots`."""
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **settings)
 
 
-def save(name, figure, title=None):
+def save_figure(name, figure, title):
     """A figure as a PNG file."""
-    figure.suptitle(title)
-    write(f"figures/{name}.png", lambda part: figure.savefig(part, format="png"))
-    plt.close(figure)
+    figure.suptitle(title, fontsize=10)
+    write(f"figures/{name}.png", lambda file: figure.savefig(file, format="png", dpi=110))
     print(f"wrote figures/{name}.png", flush=True)
+
+
+def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1.6)):
+    """Channels over tokens: how wide each gate is open at each token. For all tasks.
+
+    panels   {(row, column): what `opening` gave for one sequence, (l, d)}
+    marks    (l,) bool: the tokens of which the claim speaks: drawn as triangles
+    labels   {token: text} along the axis
+    strip    an image (h, w) that shows the tokens, above each column
+    What to see: white is the resting value, red a wider gate, blue a narrower one. In each panel
+    the channels are sorted: at the top those that open most at the marked tokens. A gate that
+    answers to these tokens is red there and nowhere else. Untrained panels are white.
+    """
+    rows = list(dict.fromkeys(row for row, _ in panels))
+    columns = list(dict.fromkeys(column for _, column in panels))
+    above = [] if strip is None else ["strip"]
+    heights = [0.2] * len(above) + [1] * len(rows)
+    width, height = size[0] * len(columns) + 1, size[1] * sum(heights) + 0.7
+    figure, axes = new_figure(len(heights), len(columns), (width, height), height_ratios=heights,
+                              sharex=True)
+    for ax in axes[0] if above else ():
+        ax.imshow(strip, cmap="gray_r", aspect="auto", extent=(0, len(marks), 0, 1))
+        ax.set_yticks([])
+    places = marks.nonzero().flatten() + 0.5
+    for (row, column), values in panels.items():
+        ax = axes[len(above) + rows.index(row), columns.index(column)]
+        change = values[marks].mean(0) - values[~marks].mean(0)                # (d,)
+        shown = values[:, change.argsort(descending=True)].t()                 # (d, l)
+        picture = ax.imshow(shown, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto",
+                            interpolation="nearest", extent=(0, len(marks), len(shown), 0))
+        ax.plot(places, [0] * len(places), "v", color="black", markersize=3, clip_on=False)
+        ax.set_yticks([])
+        if column == columns[0]:
+            ax.set_ylabel(f"{row}\n{len(shown)} channels", fontsize=8)
+    for ax, column in zip(axes[0], columns):
+        ax.set_title(column, fontsize=9)
+    if labels:
+        for ax in axes[-1]:
+            ax.set_xticks([place + 0.5 for place in labels], labels.values(), fontsize=8)
+            ax.tick_params(length=0)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.8, label="Δ / its resting value")
+    bar.set_ticks(range(-3, 4), labels=["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    save_figure(name, figure, title)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,96 +237,38 @@ def save(name, figure, title=None):
 #
 # One picture of one digit persuades easily. So the same question is put to a thousand digits, as a
 # rank correlation: it asks only whether more ink goes with more Δ, in a straight line or not. It is
-# taken within each digit, since thick digits have more ink and may have more Δ.
+# taken within each digit, since thick digits have more ink and may have more Δ. Ink is mostly in
+# the middle, and Δ may depend on the place alone: so both are taken less their mean at this place
+# over all digits.
 
 BACK = range(6)      # Δ is compared with what its scan reads now, and up to five tokens earlier
 
 
 @torch.no_grad()
 def read_images(model, images):
-    """Δ over its resting value, as each scan reads it: images (b, 1, h, w), normalised.
+    """What the scans of a model do with images (b, c, h, w), normalised.
 
-    -> {(name of the scan, whether it reads backward): (b, l)}
+    -> {(name of the scan, whether it reads backward): scan}, with Δ in the order of reading
     """
     with watch(model) as scans:
         model(images)
-    gates = {}
+    named = {}
     for name, scan in scans.items():
         _, layer, branch, _ = name.split(".")              # body.0.second.s6
-        both = model.body[int(layer)].direction == "bidirectional"
-        way = {"first": "forward", "second": "backward"}[branch] if both else f"{branch} branch"
-        gates[f"layer {int(layer) + 1}, {way}", way == "backward"] = over_rest(scan).cpu()
-    return gates
+        backward = branch == "second" and model.body[int(layer)].direction == "bidirectional"
+        way = {"first": "forward", "second": "backward" if backward else "forward again"}[branch]
+        named[f"layer {int(layer) + 1}, {way}", backward] = scan
+    return named
 
 
-def on_grid(tokens, backward):
-    """(l,) as a scan reads -> (side, side) as the image lies, for a square image."""
-    tokens = tokens.flip(0) if backward else tokens
-    return tokens.view(math.isqrt(len(tokens)), -1)
+def averages(scan):
+    """Δ of a token in one number, by three averages over the channels: -> {name: (b, l)}.
 
-
-def gate_scale(ratios):
-    """One scale of colours for Δ over its resting value: blue is less, white is rest, red more."""
-    return TwoSlopeNorm(1, 0, max(1.01, *(ratio.max().item() for ratio in ratios)))
-
-
-def show_gate(ax, pixels, ratio, backward, norm):
-    """Δ over its resting value (l,), where it lies on the image, under the digit's outline."""
-    side = len(pixels)
-    middle = torch.arange(side) + 0.5    # of each pixel
-    ax.contour(middle, middle, pixels, levels=[127], colors="black", linewidths=1)
-    return ax.imshow(on_grid(ratio, backward), cmap="RdBu_r", norm=norm, extent=(0, side, side, 0))
-
-
-def draw_digit(name, pixels, gates, title):
-    """Δ of every scan over the digit's outline; trained above, untrained below, on one scale.
-
-    pixels (h, w), 0 … 255; gates {"trained": what read_images gave for it, "untrained": …}
-    What to see: below, nearly white everywhere. Above, red behind the strokes, in the direction of
-    reading: at the end of a row it goes on in the next one.
+    In the plain mean a channel with a large resting value weighs more than others. In the other
+    two all channels weigh the same; the last one treats twice and half the resting value alike.
     """
-    norm = gate_scale(ratio for scans in gates.values() for ratio in scans.values())
-    columns = len(gates["trained"]) + 1
-    figure, axes = plt.subplots(2, columns, figsize=(2.2 * columns + 0.6, 4.6),
-                                subplot_kw={"xticks": [], "yticks": []})
-    for row, (look, scans) in zip(axes, gates.items()):
-        row[0].imshow(pixels, cmap="gray_r")
-        row[0].set(ylabel=look, title="the image")
-        for ax, ((label, backward), ratio) in zip(row[1:], scans.items()):
-            shown = show_gate(ax, pixels, ratio[0], backward, norm)
-            ax.set_title(label)
-    figure.colorbar(shown, ax=axes, shrink=0.8, label="Δ / its resting value softplus(bias)")
-    save(name, figure, title)
-
-
-def animate(path, pixels, gates, moves):
-    """The digit, read by both scans of a layer, as a GIF: what is known after each token.
-
-    gates   {(label, backward): Δ over its resting value (1, l)} for two scans
-    moves   change of h (1, l), for the same two
-    What to see: the forward scan has seen only the rows above, the backward one only those below.
-    """
-    length, norm, frames = moves[0].shape[1], gate_scale(gates.values()), []
-    figure = plt.figure(figsize=(6, 5), dpi=80)
-    for step in range(1, length + 1):
-        figure.clear()
-        axes = figure.subplots(2, 2, sharey="row", height_ratios=(2, 1))
-        for (above, below), ((label, backward), ratio), change in zip(axes.T, gates.items(), moves):
-            known = ratio[0].where(torch.arange(length) < step, math.nan)      # the rest is grey
-            shown = show_gate(above, pixels, known, backward, norm)
-            above.set(title=label, xticks=[], yticks=[], facecolor="0.85")
-            below.plot(range(1, step + 1), change[0, :step], "o-", color="black", markersize=2)
-            below.set(xlim=(0, length + 1), ylim=(0, 1.05 * max(m.max() for m in moves)),
-                      xlabel="tokens read")
-        axes[1, 0].set_ylabel("change of h")
-        figure.colorbar(shown, ax=axes[0], label="Δ / its resting value")
-        figure.canvas.draw()
-        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
-    plt.close(figure)
-    frames += 9 * frames[-1:]            # the end stays for a while
-    write(path, lambda part: frames[0].save(part, "GIF", save_all=True, append_images=frames[1:],
-                                            duration=167, loop=0))
-    print(f"wrote {path}", flush=True)
+    log = opening(scan)                                                        # (b, l, d)
+    return {"plain": scan.delta.mean(-1), "ratio": (2 ** log).mean(-1), "geometric": log.mean(-1)}
 
 
 def rank_correlation(a, b):
@@ -305,98 +283,154 @@ def rank_correlation(a, b):
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-9)
 
 
-def correlate(ratio, ink):
-    """Columns of results/delta.csv: rank correlation within each digit, mean over the digits.
+def compare_with_ink(scan, ink):
+    """Rows for results/delta.csv, one for each number of tokens back.
 
-    ratio, ink    (b, l) Δ over its resting value, and brightness, in the order of the scan
-    back_0 …      of Δ with the ink that the scan read so many tokens earlier
-    back_2_place_removed    ink is mostly in the middle, and Δ may depend on the place alone. So
-                  here both are taken less their mean at this place over all digits
-    percentile_99   of Δ over its resting value, over patches and digits: how wide the gate opens
+    ink (b, l)        brightness of each patch, 0 … 1, in the order of the scan
+    rho_…             rank correlation within each digit of Δ, by that average, with the ink that
+                      the scan read so many tokens earlier; place removed, mean over the digits
+    opens, shuts      percent of the channels whose Δ is larger, or smaller, where that patch was
+                      inked, place removed
     """
-    l = ratio.shape[1]
-    row = {f"back_{back}": rank_correlation(ratio[:, back:], ink[:, :l - back]).mean()
-           for back in BACK}
-    a, b = ratio[:, 2:], ink[:, :l - 2]
-    row["back_2_place_removed"] = rank_correlation(a - a.mean(0), b - b.mean(0)).mean()
-    row["percentile_99"] = ratio.quantile(0.99)
-    return {column: f"{value.item():.3f}" for column, value in row.items()}
+    l, rows = ink.shape[1], []
+    by_channel = opening(scan)                                                 # (b, l, d)
+    by_channel = by_channel - by_channel.mean(0)
+    for back in BACK:
+        earlier = ink[:, :l - back]
+        row = {"back": back}
+        for average, values in averages(scan).items():
+            values = values[:, back:]
+            rho = rank_correlation(values - values.mean(0), earlier - earlier.mean(0)).mean()
+            row[f"rho_{average}"] = f"{rho.item():.3f}"
+        values, inked = by_channel[:, back:], earlier > 0.2
+        row |= opens_and_shuts(values[inked].mean(0), values[~inked].mean(0))
+        rows.append(row)
+    return rows
+
+
+def on_grid(tokens, backward):
+    """(l,) as a scan reads -> (side, side) as the image lies, for a square image."""
+    tokens = tokens.flip(0) if backward else tokens
+    return tokens.view(math.isqrt(len(tokens)), -1)
+
+
+def draw_digit(name, pixels, gates, title):
+    """Δ of every scan over the digit's outline: the geometric mean over channels.
+
+    pixels (h, w), 0 … 255; gates {"trained": what read_images gave for it, "untrained": …}
+    What to see: below, untrained, nearly white everywhere. Above, in the order of reading: where
+    the mean gate opens (red) and where it shuts (blue), on the strokes or behind them.
+    """
+    side = len(pixels)
+    middle = torch.arange(side) + 0.5    # of each pixel
+    columns = len(gates["trained"]) + 1
+    figure, axes = new_figure(2, columns, (2.1 * columns + 0.6, 4.5),
+                              subplot_kw={"xticks": [], "yticks": []})
+    for row, (look, scans) in zip(axes, gates.items()):
+        row[0].imshow(pixels, cmap="gray_r")
+        row[0].set(ylabel=look, title="the image")
+        for ax, ((label, backward), scan) in zip(row[1:], scans.items()):
+            mean = opening(scan)[0].mean(-1).cpu()                             # (l,)
+            picture = ax.imshow(on_grid(mean, backward), cmap="RdBu_r", vmin=-1, vmax=1,
+                                extent=(0, side, side, 0))
+            ax.contour(middle, middle, pixels, levels=[127], colors="black", linewidths=1)
+            ax.set_title(label, fontsize=9)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.8, label="Δ / its resting value")
+    bar.set_ticks([-1, 0, 1], labels=["1/2", "1", "2"])
+    save_figure(name, figure, title)
 
 
 def draw_ink(name, rows, title):
     """A column per scan: rank correlation of Δ with the ink, over tokens back.
 
-    What to see: most trained lines are low at 0, the ink of the token itself, and high at 2 or 3.
-    Untrained ones go up or down as chance will have it.
+    What to see: a line per model and average. Where the three averages of a trained model differ,
+    a few channels open where many shut. Untrained lines show what chance does.
     """
+    styles = {"plain": ":", "ratio": "--", "geometric": "-"}
     scans = list(dict.fromkeys(row["scan"] for row in rows))
-    figure, axes = plt.subplots(1, len(scans), figsize=(2.9 * len(scans) + 0.6, 3.2), sharey=True)
+    figure, axes = new_figure(1, len(scans), (2.7 * len(scans) + 1.6, 3.2), sharey=True)
     for row in rows:
-        hidden = "" if row["seed"] == rows[0]["seed"] else "_"       # from the legend
-        axes[scans.index(row["scan"])].plot(
-            BACK, [float(row[f"back_{back}"]) for back in BACK], "o-", color=LOOKS[row["model"]],
-            markersize=3, label=hidden + row["model"])
-    for ax, scan in zip(axes, scans):
-        ax.set(title=scan, xlabel="tokens back")
+        if row["back"] == 0:             # the first of a line
+            line = [other for other in rows
+                    if all(other[key] == row[key] for key in ("model", "seed", "scan"))]
+            for average, style in styles.items():
+                axes[0, scans.index(row["scan"])].plot(
+                    BACK, [float(point[f"rho_{average}"]) for point in line], style,
+                    color=LOOKS[row["model"]], linewidth=1,
+                    label=f"{row['model']}, {average}")
+    for ax, scan in zip(axes[0], scans):
+        ax.set_title(scan, fontsize=9)
+        ax.set_xlabel("tokens back")
         ax.axhline(0, color="black", linewidth=0.8)
-    axes[0].set_ylabel("rank correlation of Δ with ink")
-    axes[0].legend()
-    save(name, figure, title)
+        ax.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("rank correlation of Δ with ink")
+    once = {label: line for line, label in zip(*axes[0, -1].get_legend_handles_labels())}
+    figure.legend(once.values(), once, loc="outside right", frameon=False, fontsize=8)
+    save_figure(name, figure, title)
 
 
 def look_at_digits(args, device):
-    """Figures of Δ on one digit and on a thousand, the animation, and results/delta.csv."""
+    """Figures of Δ on one digit and on a thousand, and results/delta.csv."""
     names = ("mnist", "synthetic_digits", "mnist_quick", "synthetic_digits_quick")
-    states = trained_models(args, [f"{name}-bidirectional" for name in names],
-                            "python train_mnist.py")
-    recipe, name = states[0]["recipe"], states[0].get("data", {}).get("name", "")
-    for other in (state["recipe"] for state in states):
-        if (other.get("dataset") not in ("mnist", "fashion") or other["layers"] == 0
-                or other["model"] in ("rnn", "s4") or not 1 < other.get("patch", 1) < 14
-                or {**other, "seed": recipe["seed"]} != recipe):
-            sys.exit("visualize_delta.py: only Vision Mambas that read MNIST by patches, and "
-                     "differ in the seed alone, can be looked at: name others by --checkpoint")
-    source = "synthetic" if name.startswith("synthetic") else "real"
+    checkpoints = trained_models(args, [f"{name}-bidirectional" for name in names],
+                                 "python train_mnist.py")
+    recipe = train_mnist.RECIPES["mnist"] | checkpoints[0]["recipe"]
+    data_name = checkpoints[0].get("data", {}).get("name", "")
+    if recipe["dataset"] not in ("mnist", "fashion") or not 1 < recipe.get("patch", 1) < 14:
+        raise ValueError("only models that read MNIST by patches can be looked at: name others by "
+                         "--checkpoint")
+    source = "synthetic" if data_name.startswith("synthetic") else "real"
     data = train_mnist.load_data(recipe["dataset"], source, args.data_dir, 0)
     places = (data.test_labels == args.digit).nonzero().flatten()
     if args.index >= len(places):
-        sys.exit(f"visualize_delta.py: {name} has {len(places)} test images of a {args.digit}: use "
-                 f"a smaller --index")
-    defaults = train_mnist.RECIPES["mnist"]        # of settings newer than a checkpoint
-    pairs = [make_pair(state, lambda: train_mnist.build(
-        defaults | state["recipe"], data)[0].to(device)) for state in states]
+        raise ValueError(f"{data_name} has {len(places)} test images of a {args.digit}: use a "
+                         f"smaller --index")
+    name = args.name or "delta"
+    if not args.name and data_name != "mnist":
+        name += f"_{data_name.replace('-', '_')}"
+
+    def make():
+        return train_mnist.build(recipe, data)[0].to(device)
 
     def read(model, images):
         inputs, _ = train_mnist.classification(data).prepare(images, None)
         return read_images(model, inputs.to(device))
 
     # A thousand digits: every scan of every model, with the ink that it read.
+    pairs = [make_pair(checkpoint, make) for checkpoint in checkpoints]
     images, rows = data.test_images[:1000], []
-    ink = F.avg_pool2d(images.float() / 255, recipe["patch"]).flatten(1)       # (b, l)
-    for state, pair in zip(states, pairs):
+    patch = recipe["patch"]
+    ink = F.avg_pool2d(images.float() / 255, patch).flatten(1).to(device)      # (b, l)
+    for checkpoint, pair in zip(checkpoints, pairs):
         for look, model in pair.items():
-            rows += [{"model": look, "seed": state["recipe"]["seed"], "scan": scan,
-                      **correlate(ratio, ink.flip(1) if backward else ink)}
-                     for (scan, backward), ratio in read(model, images).items()]
-    suffix = "" if name == "mnist" else "_" + name.replace("-", "_")
-    suffix += "" if recipe["model"] == "bidirectional" else f"_{recipe['model']}"
-    keep(f"delta{suffix}", rows, digits=len(images), dataset=name, device=describe(device),
-         torch=torch.__version__)
-    draw_ink(f"delta_ink{suffix}", rows,
-             f"{name}: the patches of {len(images):,} test digits, a line per model")
+            for (scan_name, backward), scan in read(model, images).items():
+                about = {"model": look, "seed": checkpoint["recipe"]["seed"], "scan": scan_name}
+                for row in compare_with_ink(scan, ink.flip(1) if backward else ink):
+                    rows.append(about | row)
+    save_rows(name, rows, stem=recipe["stem"], digits=len(images), dataset=data_name,
+              device=describe(device), torch=torch.__version__)
+    draw_ink(f"{name}_ink", rows, f"{data_name}, stem {recipe['stem']}: the patches of "
+             f"{len(images):,} test digits, place removed; a line per model and average")
 
     # One digit, by the models of the first seed.
-    image = data.test_images[places[args.index]][None]                         # (1, 1, h, w)
+    image = data.test_images[places[args.index]].unsqueeze(0)                  # (1, 1, h, w)
     gates = {look: read(model, image) for look, model in pairs[0].items()}
-    if (args.digit, args.index) != (7, 0):
-        suffix += f"_{args.digit}_{args.index}"
-    draw_digit(f"delta_digit{suffix}", image[0, 0], gates,
-               f"{name}, test image {args.index} of digit {args.digit}, seed {rows[0]['seed']}")
-    with watch(pairs[0]["trained"]) as scans:
-        read(pairs[0]["trained"], image)
-    last = slice(-2, None)               # the two scans of the last layer
-    animate(f"figures/scan{suffix}.gif", image[0, 0], dict([*gates["trained"].items()][last]),
-            [changes(scan).cpu() for scan in [*scans.values()][last]])
+    title = (f"{data_name}, stem {recipe['stem']}, test image {args.index} of digit {args.digit}, "
+             f"seed {rows[0]['seed']}")
+    one = "" if (args.digit, args.index) == (7, 0) else f"_{args.digit}_{args.index}"
+    draw_digit(f"{name}_digit{one}", image[0, 0], gates, title)
+    panels = {}
+    for look, scans in gates.items():
+        for (scan_name, backward), scan in scans.items():
+            values = opening(scan)[0].cpu()                                    # (l, d)
+            panels[look, scan_name] = values.flip(0) if backward else values
+    brightness = F.avg_pool2d(image[0].float(), patch).flatten()               # (l,)
+    side = image.shape[-1] // patch
+    # The rows of patches, one behind the other: (patch, side · width).
+    strip = image[0, 0].view(side, patch, -1).transpose(0, 1).reshape(patch, -1)
+    labels = {row * side + side // 2: f"row {row + 1}" for row in range(side)}
+    draw_gates(f"{name}_gates{one}", panels, brightness > 51, labels=labels, strip=strip,
+               title=f"{title}; triangles: patches with ink")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -424,99 +458,99 @@ def kinds_of(string):
             kinds.append({" ": "space", "\n": "line break", ":": "colon"}.get(character, "other"))
         elif place in speakers:
             kinds.append("speaker's name")
+        elif before.isalpha() or before == "'":
+            kinds.append("letter in a word")
         else:
-            inside = before.isalpha() or before == "'"
-            kinds.append("letter in a word" if inside else "first letter")
+            kinds.append("first letter")
     return kinds
 
 
 @torch.no_grad()
-def read_text(model, tokens, piece=4096):
-    """Δ of each layer over its resting value, (layers, l), for tokens (l,) read as one stream."""
-    states, pieces = None, []
-    with watch(model) as scans:
-        for part in tokens.split(piece):           # the state goes on, the memory does not grow
-            _, states = model(part[None], states)
-            pieces.append(torch.stack([over_rest(scan)[0].cpu() for scan in scans.values()]))
-    return torch.cat(pieces, 1)
+def read_text(model, tokens, masks, piece=4096):
+    """Tokens (l,) read as one stream: -> the openings of a passage, and their means by kind.
 
-
-def draw_text(name, string, curves, rows, title):
-    """A row per layer: left Δ along a passage, right its mean by kind of character, all seeds.
-
-    curves {"trained": Δ over its resting value (layers, l), "untrained": …}; rows as in the CSV
-    What to see: grey stays at 1. Red has peaks, but not where words end: in the last layer they are
-    at line breaks and in the speaker's name.
+    masks (kinds, l)    1 where a character is of that kind
+    -> {layer: (passage, d)}, {layer: sums (kinds, d)}; layers count from 1
     """
-    layers = len(curves["trained"])
-    figure, axes = plt.subplots(layers, 2, figsize=(13, 1.9 * layers + 0.4), width_ratios=(4.6, 1),
-                                sharex="col", sharey="col", squeeze=False)
-    signs = [{"\n": "↵", " ": "·"}.get(character, character) for character in string]
-    for layer, (left, right) in enumerate(axes):
-        for look, color in LOOKS.items():
-            left.plot(curves[look][layer], "o-", color=color, markersize=3, linewidth=1, label=look)
-            for row in rows:
-                if (row["model"], row["layer"]) == (look, layer + 1):
-                    right.plot([float(row[kind]) for kind in KINDS], KINDS, "o", color=color,
-                               markersize=5, alpha=0.6)
-        left.set_xticks(range(len(signs)), signs, family="monospace", fontsize=12)
-        left.tick_params(labelbottom=True, length=0)       # the characters under every layer
-        left.set(title=f"layer {layer + 1}", ylabel="Δ / its resting value", xlim=(-1, len(signs)))
-    axes[0, 0].legend(ncols=2)
-    axes[0, 1].set_title("mean, a dot per seed")
-    axes[0, 1].invert_yaxis()
-    axes[-1, 1].set_xlabel("Δ / its resting value")
-    save(name, figure, title)
+    states, passage, sums = None, {}, {}
+    with watch(model) as scans:
+        # The state goes on from piece to piece, and the memory does not grow.
+        for part, mask in zip(tokens.split(piece), masks.split(piece, 1)):
+            _, states = model(part.unsqueeze(0), states)
+            for layer, scan in enumerate(scans.values(), 1):
+                values = opening(scan)[0]                                      # (≤ piece, d)
+                if layer not in sums:
+                    passage[layer] = values[PASSAGE].cpu()
+                    sums[layer] = 0.0
+                sums[layer] = sums[layer] + mask @ values                      # (kinds, d)
+    return passage, sums
 
 
 def look_at_text(args, device):
     """Δ of every layer over the validation text: a figure, and results/delta_text.csv."""
     names = ("shakespeare", "synthetic_pydoc", "shakespeare_quick", "synthetic_pydoc_quick")
-    states = trained_models(args, names, "python train_shakespeare.py")
-    name, rows, passages = states[0].get("name", "?"), [], []
-    if name.replace("-", "_") not in names or any(
-            state.get("name", "?") != name for state in states):
-        sys.exit("visualize_delta.py: only models of one text, Shakespeare or Python's help texts, "
-                 "can be looked at: name others by --checkpoint")
-    text = load_text(args.data_dir, "synthetic" if "pydoc" in name else "real", None)
+    checkpoints = trained_models(args, names, "python train_shakespeare.py")
+    text_name = checkpoints[0].get("name", "?")
+    if text_name.replace("-", "_") not in names:
+        raise ValueError("only models of Shakespeare or of Python's help texts can be looked at: "
+                         "name others by --checkpoint")
+    source = "synthetic" if "pydoc" in text_name else "real"
+    text = train_shakespeare.load_text(args.data_dir, source, None)
     string = "".join(text.vocabulary[token] for token in text.valid)
     kinds = kinds_of(string)
-    masks = {kind: torch.tensor([k == kind for k in kinds]) for kind in KINDS}     # (l,) each
-    for state in states:
-        pair = make_pair(state, lambda: train_shakespeare.build(
-            train_shakespeare.RECIPE | state["recipe"], text.vocabulary).to(device))
-        curves = {look: read_text(model, text.valid.to(device)) for look, model in pair.items()}
-        passages.append({look: ratio[:, PASSAGE] for look, ratio in curves.items()})
-        rows += [{"model": look, "seed": state["recipe"]["seed"], "layer": layer,
-                  **{kind: f"{values[mask].mean().item():.3f}" for kind, mask in masks.items()}}
-                 for look, ratio in curves.items() for layer, values in enumerate(ratio, 1)]
-    suffix = "" if name == "shakespeare" else "_" + name.replace("-", "_")
-    keep(f"delta_text{suffix}", rows, characters=len(string), text=name, device=describe(device),
-         torch=torch.__version__)
-    draw_text(f"delta_text{suffix}", string[PASSAGE], passages[0], rows,
-              f"{name}: the beginning of the validation text, seed {rows[0]['seed']}")
+    masks = torch.stack([torch.tensor([k == kind for k in kinds]) for kind in KINDS])
+    masks = masks.float().to(device)                                           # (kinds, l)
+    counts = masks.sum(1)
+
+    rows, panels = [], {}
+    for checkpoint in checkpoints:
+        recipe = train_shakespeare.RECIPE | checkpoint["recipe"]
+        pair = make_pair(checkpoint, lambda: train_shakespeare.build(
+            recipe, text.vocabulary).to(device))
+        for look, model in pair.items():
+            passage, sums = read_text(model, text.valid.to(device), masks)
+            for layer, of_kinds in sums.items():
+                if checkpoint is checkpoints[0]:
+                    panels[f"{look}\nlayer {layer}", ""] = passage[layer]
+                for kind, count, total in zip(KINDS, counts, of_kinds):
+                    here = total / count                                       # (d,)
+                    elsewhere = (of_kinds.sum(0) - total) / (counts.sum() - count)
+                    rows.append({"model": look, "seed": recipe["seed"], "layer": layer,
+                                 "kind": kind, "characters": int(count),
+                                 "delta_over_rest": f"{2 ** here.mean().item():.3f}",
+                                 **opens_and_shuts(here, elsewhere)})
+    name = args.name or "delta_text"
+    if not args.name and text_name != "shakespeare":
+        name += f"_{text_name.replace('-', '_')}"
+    save_rows(name, rows, text=text_name, device=describe(device), torch=torch.__version__)
+    signs = {"\n": "↵", " ": "·"}
+    labels = {i: signs.get(character, character) for i, character in enumerate(string[PASSAGE])}
+    marks = torch.tensor([kind == "line break" for kind in kinds[PASSAGE]])
+    draw_gates(name, panels, marks, labels=labels, size=(9, 1.1),
+               title=f"{text_name}: the beginning of the validation text, seed {rows[0]['seed']}; "
+                     f"triangles: line breaks")
 
 
 # --------------------------------------------------------------------------------------------------
-# The models that are taught to remember: one block, its selection switched off, and an RNN.
+# The models that are taught to remember: one block, its selection switched off, and what came
+# before.
 #
 # They differ in one thing each. "penalised" has the first weights and the data of "selective"; only
 # its loss is another. "fixed-delta" can choose what to write, but not how much; "fixed" can choose
-# nothing. The RNN is what came before. All have the same number of parameters, to 1 %. "paper" is
-# "selective" again, trained longer, with smaller steps, and without a curriculum.
+# nothing, and is otherwise the same block. S4 and the RNN cannot choose either, and are built in
+# another way. All have the same number of parameters, to 1 %.
 
 SYMBOLS = 16         # the ordinary tokens, 0 … 15
 MARKER = 16          # of the needle
 BLANK, ASK = 16, 17  # of copying
-FLOOR = 1e-9         # smallest Δ that counts: at A = -1 a million such steps forget 0.1 %
 
 MODELS = {  # name: colour, in words
-    "selective": ("#1f77b4", "selection"),
     "penalised": ("#d62728", "selection, and a penalty on Δ"),
+    "selective": ("#1f77b4", "selection"),
     "fixed-delta": ("#ff7f0e", "Δ fixed, B and C selective"),
     "fixed": ("#9467bd", "Δ, B, C fixed"),
+    "s4": ("#2ca02c", "S4"),
     "rnn": ("#7f7f7f", "vanilla RNN"),
-    "paper": ("#17becf", "selection, the paper's recipe"),
 }
 
 
@@ -538,25 +572,34 @@ def switch_off(model, what):
     return model
 
 
-class RNNLM(nn.Module):
-    """The interface of MambaLM, with the RNN of rnn.py as body and as many parameters, to 1 %."""
+class PlainLM(nn.Module):
+    """The interface of MambaLM, around other layers: layer(x, state) -> y, state.
 
-    def __init__(self, vocabulary, d_model=64, hidden=134, layers=2):
+    width    of the last layer's y, (b, l, width)
+    """
+
+    def __init__(self, vocabulary, d_model, layers, width):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, d_model)
-        self.body = RNN(d_model, hidden, layers)
-        self.head = nn.Linear(hidden, vocabulary)
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(width)
+        self.head = nn.Linear(width, vocabulary)
 
     def forward(self, tokens, states=None):
-        y, states = self.body.rnn(self.embedding(tokens), states)              # (b, l, hidden)
-        return self.head(y), states
+        x, new = self.embedding(tokens), []                                    # (b, l, d_model)
+        for layer, state in zip(self.layers, states or [None] * len(self.layers)):
+            x, state = layer(x, state)
+            new.append(state)
+        return self.head(self.norm(x)), new
 
 
 def build(name, seed):
     """The model of that name, with its first weights: 66,600 parameters."""
     torch.manual_seed(seed)
     if name == "rnn":
-        return RNNLM(ASK + 1)
+        return PlainLM(ASK + 1, 64, [RNN(64, 134).rnn], 134)
+    if name == "s4":
+        return PlainLM(ASK + 1, 64, [S4Block(64, 60) for _ in range(4)], 64)
     model = MambaLM(ASK + 1, d_model=64, layers=2)
     off = {"fixed-delta": "delta", "fixed": "all"}
     return switch_off(model, off[name]) if name in off else model
@@ -577,8 +620,8 @@ def learn(model, optimizer, tokens, answers, penalty=0.0):
         logits = model(tokens)[0][:, -answers.shape[1]:, :SYMBOLS]
     loss = task = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
     if penalty:
-        loss = task + penalty * torch.stack([(scan.delta + FLOOR).log().mean()
-                                             for scan in scans.values()]).mean()
+        logs = [(scan.delta + FLOOR).log().mean() for scan in scans.values()]
+        loss = task + penalty * torch.stack(logs).mean()
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -593,66 +636,75 @@ def show_step(name, seed, step, steps, length, loss):
               flush=True)
 
 
-def facts_of(model, steps, length, seconds, device):
-    """Columns about a model that was taught."""
-    return {"params": sum(p.numel() for p in model.parameters()), "steps": steps,
-            "taught_up_to": length, "training_seconds": f"{seconds:.0f}",
-            "device": describe(device), "torch": str(torch.__version__)}
-
-
-def taught(args, task, names, teach, device, **recipe):
+def taught(args, task, names, teach, device, steps):
     """Every model with every seed, taught now, or before with --resume.
 
-    teach   (model, name, seed, device, **recipe) -> the greatest length that it came to
+    task    how the files are called
+    teach   (model, name, seed, device, steps) -> the greatest length that it came to
     Yields name, seed, model, facts; the facts stand in every row about this model.
     """
     for seed, name in itertools.product(args.seeds, names):
         path = os.path.join(args.out, f"{task}-{name}-seed{seed}.pt")
         model, start = build(name, seed).to(device), time.perf_counter()
         if args.resume and os.path.exists(path):
-            state = load(path, weights=model)
+            checkpoint = read_checkpoint(path)
+            facts = checkpoint.get("facts", {})
+            if facts.get("steps") != steps:
+                raise ValueError(f"{path} was not trained here for {steps} steps: leave out "
+                                 f"--resume, or use another --name")
+            model.load_state_dict(checkpoint["weights"])
         else:
-            length = teach(model, name, seed, device, **recipe)
-            state = {"weights": model.state_dict(), "facts": facts_of(
-                model, recipe["steps"], length, time.perf_counter() - start, device)}
-            write(path, lambda part: torch.save(state, part))
-        yield name, seed, model, state["facts"]
+            length = teach(model, name, seed, device, steps)
+            seconds = time.perf_counter() - start
+            facts = {"params": sum(p.numel() for p in model.parameters()), "steps": steps,
+                     "taught_up_to": length, "training_seconds": f"{seconds:.0f}",
+                     "device": describe(device), "torch": str(torch.__version__)}
+            checkpoint = {"weights": model.state_dict(), "facts": facts}
+            write(path, lambda file: torch.save(checkpoint, file), keep_old=True)
+        yield name, seed, model, facts
 
 
 @torch.no_grad()
-def along(model, tokens):
-    """Δ and change of h at each token of one sequence, tokens (1, l): -> two lists.
+def gate_rows(model, name, seed, tokens, here, elsewhere):
+    """How the gates stand here and elsewhere: -> a row per layer, none for a model without gates.
 
-    Each has one tensor (l,) per layer. Less than FLOOR is set to FLOOR: the axis is logarithmic.
+    tokens (b, l); here, elsewhere (b, l) bool: the tokens of which the claim speaks, and others
+    delta_here, delta_elsewhere    Δ, geometric mean over channels: the largest one here, and the
+                                   median elsewhere; medians over sequences, as is their ratio
+    share_of_change_percent        how much of Σ ‖h_t - h_{t-1}‖ falls to the tokens here; empty
+                                   where the state never changes
     """
     with watch(model) as scans:
         model(tokens)
-    return [[values(scan)[0].cpu().clamp(min=FLOOR) for scan in scans.values()]
-            for values in (gate, changes)]
+    rows = []
+    for layer, scan in enumerate(scans.values(), 1):
+        by_channel = opening(scan)                                             # (b, l, d)
+        means = by_channel[here].mean(0), by_channel[elsewhere].mean(0)        # (d,) each
+        delta = scan.delta.clamp(min=FLOOR).log().mean(-1).exp()               # (b, l)
+        there = delta.masked_fill(~here, 0).amax(1)                            # (b,)
+        other = delta.masked_fill(~elsewhere, math.nan).nanmedian(1).values    # (b,)
+        moves = changes(scan)                                                  # (b, l)
+        part, rest = moves[here].sum(), moves[elsewhere].sum()
+        share = f"{100 * part / (part + rest):.1f}" if part + rest > 0 else ""
+        rows.append({"model": name, "seed": seed, "layer": layer, "sequences": len(tokens),
+                     "delta_here": f"{there.median():.3g}",
+                     "delta_elsewhere": f"{other.median():.3g}",
+                     "ratio": f"{(there / other).median():.4g}", **opens_and_shuts(*means),
+                     "share_of_change_percent": share})
+    return rows
 
 
-def draw_along(name, panels, marks, marked, title):
-    """A column per model: above Δ, below the change of h; panels {name: what `along` gave}.
-
-    What to see: the axes are logarithmic. With the penalty, gate and state move at the needle
-    alone. With copying, the gate of the first layer opens and shuts at each symbol.
-    """
-    figure, axes = plt.subplots(2, len(panels), figsize=(3.1 * len(panels) + 0.6, 5), sharex=True,
-                                sharey="row", squeeze=False)
-    for column, (model, curves) in zip(axes.T, panels.items()):
-        for ax, layers in zip(column, curves):
-            for layer, (values, color) in enumerate(zip(layers, LAYERS), 1):
-                ax.plot(values, color=color, linewidth=1, alpha=0.8, label=f"layer {layer}")
-            for i, place in enumerate(marks):
-                ax.axvline(place, color="#ffd92f", linewidth=5, alpha=0.5, zorder=0,
-                           label=None if i else marked)
-            ax.set_yscale("log")
-        column[0].set_title(MODELS[model][1] if model in MODELS else model)
-        column[1].set_xlabel("token")
-    axes[0, 0].set_ylabel("Δ, mean over channels")
-    axes[1, 0].set_ylabel("change of h, ‖h_t - h_{t-1}‖")
-    axes[0, 0].legend()
-    save(name, figure, f"{title}; what is under {FLOOR:.0e} is drawn there")
+@torch.no_grad()
+def gate_panels(models, tokens):
+    """For `draw_gates`: a column per model, a row per layer; tokens (1, l)."""
+    panels = {}
+    for name, model in models.items():
+        with watch(model) as scans:
+            model(tokens)
+        for layer, scan in enumerate(scans.values(), 1):
+            words = MODELS[name][1] if name in MODELS else name
+            panels[f"layer {layer}", words] = opening(scan)[0].cpu()
+    return panels
 
 
 # --------------------------------------------------------------------------------------------------
@@ -664,10 +716,9 @@ def draw_along(name, panels, marks, marked, title):
 # million. So what is learned on short haystacks is tested on long ones.
 
 TAUGHT = (8, 16, 32, 64, 128, 256)       # lengths in training
-FULL, QUICK = dict(steps=600, tokens_per_step=4096), dict(steps=300, tokens_per_step=2048)
-STAGES = (2048, 4096, 8192, 16384, 32768)          # steps: see teach_as_the_paper
+NEEDLE_STEPS, QUICK_STEPS = 600, 300
+PER_STEP = 4096                          # tokens of a step
 SHORTEST, LONGEST, LONGEST_QUICK = 6, 20, 12       # log₂ of the lengths that are tested
-DEPTHS = 8           # into which a haystack is divided in figures/needle_grid.png
 PIECE = 2 ** 14      # tokens that are evaluated at a time
 NEAR = 5             # the marker, its symbol, and the three tokens whose convolution reaches them
 
@@ -695,7 +746,7 @@ def random_needles(count, length, random):
     return next(haystacks(length, places, answers, random)), places, answers
 
 
-def teach_needle(model, name, seed, device, steps, tokens_per_step):
+def teach_needle(model, name, seed, device, steps):
     """The length doubles when the loss falls under 0.05: -> the greatest one that was solved.
 
     After 256, lengths are drawn at random, so that none is forgotten; and only then is "penalised"
@@ -704,44 +755,21 @@ def teach_needle(model, name, seed, device, steps, tokens_per_step):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0)
     random, level = generator(seed, "needle"), 0
     for step in range(1, steps + 1):
-        last = level == len(TAUGHT)
-        length = TAUGHT[int(torch.randint(level, (), generator=random)) if last else level]
-        tokens, _, answers = random_needles(tokens_per_step // length, length, random)
-        loss = learn(model, optimizer, tokens.to(device), answers[:, None].to(device),
-                     0.01 if last and name == "penalised" else 0.0)
-        level += not last and loss < 0.05
+        if level == len(TAUGHT):
+            length = TAUGHT[int(torch.randint(level, (), generator=random))]
+        else:
+            length = TAUGHT[level]
+        tokens, _, answers = random_needles(PER_STEP // length, length, random)
+        penalty = 0.01 if name == "penalised" and level == len(TAUGHT) else 0.0
+        loss = learn(model, optimizer, tokens.to(device), answers.unsqueeze(1).to(device), penalty)
+        if level < len(TAUGHT) and loss < 0.05:
+            level += 1
         show_step(name, seed, step, steps, length, loss)
     return TAUGHT[level - 1] if level else 0
 
 
-def teach_as_the_paper(args, seed, device):
-    """8 x 256 tokens per step, a learning rate of 1e-3, no penalty: yields model, facts by stage.
-
-    The paper goes on for 204,800 steps, this for about an hour. Each stage is saved together with
-    the optimizer, and --resume goes on from the last one.
-    """
-    model, step, seconds = build("paper", seed).to(device), 0, 0.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
-    for stage in STAGES[:1] if args.quick else STAGES:
-        path = os.path.join(args.out, f"needle_paper-{stage}-seed{seed}.pt")
-        if args.resume and os.path.exists(path):
-            state = load(path, weights=model, optimizer=optimizer)
-            step, seconds = stage, state["seconds"]
-        start = time.perf_counter() - seconds
-        while step < stage:
-            tokens, _, answers = random_needles(8, TAUGHT[-1], generator(seed, "paper", step))
-            loss = learn(model, optimizer, tokens.to(device), answers[:, None].to(device))
-            step += 1
-            show_step("paper", seed, step, STAGES[-1], TAUGHT[-1], loss)
-        seconds = time.perf_counter() - start
-        state = {"weights": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "seconds": seconds}
-        write(path, lambda part: torch.save(state, part))
-        yield model, facts_of(model, stage, TAUGHT[-1], seconds, device)
-
-
 @torch.inference_mode()
-def read(model, pieces, device):
+def answer(model, pieces, device):
     """Read piece by piece, carrying the state: -> logits (b, SYMBOLS) after the last token.
 
     What is kept between two pieces does not grow with what has been read.
@@ -758,145 +786,111 @@ def find_needles(model, length, count, seed, device):
     random = generator(seed, "haystacks", length)
     answers = torch.randint(SYMBOLS, (count,), generator=random)
     pieces = haystacks(length, places, answers, random, max(1, PIECE // count))
-    return read(model, pieces, device).argmax(-1) == answers
+    return answer(model, pieces, device).argmax(-1) == answers
 
 
-def ask_at_all_lengths(args, model, name, seed, device, facts):
-    """Rows for results/needle.csv; and percent found by length and depth, (lengths, DEPTHS).
-
-    A model under 20 % is not tested at greater lengths: there found is NaN.
-    """
-    rows, longest = [], LONGEST_QUICK if args.quick else LONGEST
-    found = torch.full((longest - SHORTEST + 1, DEPTHS), math.nan)
-    for i in range(len(found)):
-        length, start = 2 ** (SHORTEST + i), time.perf_counter()
+def ask_at_all_lengths(model, name, seed, device, facts, longest):
+    """Rows for results/needle.csv. A model under 20 % is not tested at greater lengths."""
+    rows = []
+    for power in range(SHORTEST, longest + 1):
+        length, start = 2 ** power, time.perf_counter()
         count = 64 if length <= 2 ** 16 else 16            # a million tokens take minutes
-        right = find_needles(model, length, count, seed, device)
-        found[i] = 100 * right.view(DEPTHS, -1).float().mean(1)
-        accuracy, seconds = found[i].mean().item(), time.perf_counter() - start
+        accuracy = 100 * find_needles(model, length, count, seed, device).float().mean().item()
+        seconds = time.perf_counter() - start
         rows.append({"model": name, "seed": seed, "length": length, "haystacks": count,
                      "accuracy": f"{accuracy:.1f}", "seconds": f"{seconds:.1f}", **facts})
         print(f"RESULT model={name} seed={seed} steps={facts['steps']} length={length} "
               f"accuracy={accuracy:.1f}", flush=True)
         if accuracy < 20:
             break
-    return rows, found
-
-
-@torch.no_grad()
-def gates_at_needles(model, name, seed, device, count=100, length=1024):
-    """How the gates stand at the needle and elsewhere: -> rows for results/needle_delta.csv.
-
-    At the needle is the largest Δ of the NEAR tokens that see it, elsewhere the median of the
-    others, and the ratio counts a Δ under FLOOR as FLOOR. The question at the end is left out.
-    share_of_change_percent: how much of Σ ‖h_t - h_{t-1}‖ falls to those NEAR tokens; empty where
-    the state never changes, because the layer's gate is shut.
-    """
-    tokens, places, _ = random_needles(count, length, generator(seed, "gates"))
-    with watch(model) as scans:
-        model(tokens.to(device))
-    distance = torch.arange(length - 1) - places[:, None]                      # (count, l-1)
-    near, rows = (distance >= 0) & (distance < NEAR), []
-    for layer, scan in enumerate(scans.values(), 1):
-        delta, moves = gate(scan)[:, :-1].cpu(), changes(scan)[:, :-1].cpu()
-        there = delta.masked_fill(~near, 0).amax(1)                            # (count,)
-        elsewhere = delta.masked_fill(near, math.nan).nanmedian(1).values
-        ratio = there.clamp(min=FLOOR) / elsewhere.clamp(min=FLOOR)
-        low, high = ratio.quantile(torch.tensor([0.05, 0.95])).tolist()
-        share = f"{100 * (moves * near).sum() / moves.sum():.1f}"
-        rows.append({"model": name, "seed": seed, "layer": layer, "haystacks": count,
-                     "delta_at_needle": f"{there.median():.3g}",
-                     "delta_elsewhere": f"{elsewhere.median():.3g}",
-                     "needle_over_median": f"{ratio.median():.4g}",
-                     "quantile_5": f"{low:.4g}", "quantile_95": f"{high:.4g}",
-                     "share_of_change_percent": share if moves.sum() / count > FLOOR else ""})
     return rows
 
 
-def draw_lengths(quick):
-    """Needles found over length, a line per model, seed and number of training steps, from the rows
-    that there are of both tasks.
+def draw_lengths(name, rows):
+    """Needles found over length: a line per model and number of steps, the mean over seeds.
 
-    What to see: in the grey part, nearly all that was taught is learned. Beyond it, how far a line
-    stays at the top says how well the model leaves its state alone.
+    rows    of this run, and of the table `needle` if this run has another name
+    What to see: in the grey part, what was taught is learned. Beyond it, how far a line stays at
+    the top says how well the model leaves its state alone. A line ends where one seed was not
+    tested any more.
     """
-    lines = {}
-    for row in kept(f"needle{quick}") + kept(f"needle_paper{quick}"):
-        line = lines.setdefault((row["model"], row["seed"], int(row["steps"])), [])
-        line.append((int(row["length"]), float(row["accuracy"])))
-    figure, ax = plt.subplots(figsize=(9.5, 4.4))
-    for (model, _, steps), points in lines.items():
+    figure, axes = new_figure(1, 1, (9, 4.6))
+    ax = axes[0, 0]
+    for model, steps in dict.fromkeys((row["model"], int(row["steps"])) for row in rows):
+        found = {}                       # length: percent, of each seed
+        for row in rows:
+            if (row["model"], int(row["steps"])) == (model, steps):
+                found.setdefault(int(row["length"]), []).append(float(row["accuracy"]))
+        seeds = len(found[2 ** SHORTEST])
+        points = [(length, sum(values) / seeds, min(values), max(values))
+                  for length, values in sorted(found.items()) if len(values) == seeds]
+        lengths, mean, low, high = zip(*points)
         color, words = MODELS[model]
-        label = f"{words}, {steps:,} steps"
-        # The stages of the paper's recipe have one colour, which grows stronger.
-        look = ("o--", 0.2 + 0.8 * steps / max(STAGES)) if model == "paper" else ("o-", 0.7)
-        ax.plot(*zip(*points), look[0], color=color, alpha=look[1], markersize=4, label=label)
+        style = "o-" if steps <= NEEDLE_STEPS else "s--"
+        words += "" if steps <= NEEDLE_STEPS else f", {steps:,} steps"
+        ax.plot(lengths, mean, style, color=color, markersize=4)
+        ax.fill_between(lengths, low, high, color=color, alpha=0.15, linewidth=0)
+        ax.annotate(words, (lengths[-1], mean[-1]), xytext=(6, 4), textcoords="offset points",
+                    color=color, fontsize=9)
     ax.set_xscale("log", base=2)
-    ax.axvspan(2 ** SHORTEST, TAUGHT[-1], color="0.9", zorder=0, label="lengths of the training")
-    ax.axhline(100 / SYMBOLS, color="black", linestyle=":", linewidth=1, label="guessing")
-    ax.set(xlabel="length of the haystack (tokens)", ylabel="needles found (%)", ylim=(-3, 103))
-    once = {label: line for line, label in zip(*ax.get_legend_handles_labels())}
-    ax.legend(once.values(), once, loc="center left", bbox_to_anchor=(1, 0.5))
-    save(f"needle_lengths{quick}", figure, "a line per model and seed")
-
-
-def draw_grid(name, found):
-    """Needles found by depth and by length, mean over seeds; white where one was not tested.
-
-    What to see: red comes from above, where needles stand early and have long to wait.
-    """
-    models = list(dict.fromkeys(model for model, _ in found))
-    figure, axes = plt.subplots(1, len(models), figsize=(2.9 * len(models) + 1, 3.2), sharey=True,
-                                squeeze=False)
-    for ax, model in zip(axes[0], models):
-        mean = torch.stack([grid for (other, _), grid in found.items() if other == model]).mean(0)
-        powers = range(SHORTEST, SHORTEST + len(mean))
-        shown = ax.imshow(mean.T, cmap="RdYlBu", vmin=0, vmax=100, aspect="auto",
-                          extent=(powers[0] - 0.5, powers[-1] + 0.5, 100, 0))
-        ax.set(title=MODELS[model][1], xlabel="length, tokens")
-        ax.grid(False)
-        ax.set_xticks(powers[::4], [f"$2^{{{power}}}$" for power in powers[::4]])
-    axes[0, 0].set_ylabel("depth of the needle (%)")
-    figure.colorbar(shown, ax=axes, label="found (%)")
-    save(name, figure)
+    ax.axvspan(2 ** SHORTEST, TAUGHT[-1], color="0.9", zorder=0)
+    ax.text(2 ** SHORTEST * 1.1, 50, "lengths of\nthe training", color="0.4", fontsize=9)
+    ax.axhline(100 / SYMBOLS, color="black", linestyle=":", linewidth=1)
+    ax.text(2 ** LONGEST, 100 / SYMBOLS + 1, "guessing", fontsize=9, ha="right")
+    ax.set(xlabel="length of the haystack (tokens)", ylabel="needles found (%)", ylim=(-3, 108))
+    ticks = [2 ** power for power in range(SHORTEST, LONGEST + 1, 2)]
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+    ax.grid(alpha=0.3)
+    save_figure(f"{name}_lengths", figure,
+                "A symbol to remember, in ever longer haystacks: mean, and lowest to highest seed")
 
 
 def look_for_needles(args, device):
     """Teach every model, ask it at every length, and look at its gates: rows and figures."""
-    recipe, quick = (QUICK, "_quick") if args.quick else (FULL, "")
-    names = ["penalised"] if args.quick else [name for name in MODELS if name != "paper"]
-    print(f"needle: {recipe}, seeds {args.seeds}; loss of a blind guess ln {SYMBOLS} = "
+    name = args.name or ("needle_quick" if args.quick else "needle")
+    steps = args.steps or (QUICK_STEPS if args.quick else NEEDLE_STEPS)
+    names = args.models or (["penalised"] if args.quick else list(MODELS))
+    longest = LONGEST_QUICK if args.quick else LONGEST
+    print(f"needle: {steps} steps, seeds {args.seeds}; loss of a blind guess ln {SYMBOLS} = "
           f"{math.log(SYMBOLS):.4f}", flush=True)
-    rows, gates, found = [], [], {}
-    models = {("untrained", seed): build("selective", seed).to(device) for seed in args.seeds}
-    for name, seed, model, facts in taught(args, f"needle{quick}", names, teach_needle, device,
-                                           **recipe):
-        new, found[name, seed] = ask_at_all_lengths(args, model, name, seed, device, facts)
-        rows += new
-        if name != "rnn":                # it has no Δ
-            models[name, seed] = model
-    for (name, seed), model in models.items():             # the untrained ones are the control
-        gates += gates_at_needles(model, name, seed, device)
-    place, seed = 341, args.seeds[0]     # a third of the way in, for the figure
-    tokens = next(haystacks(1024, torch.tensor([place]), torch.tensor([7]),
+    rows, models = [], {}
+    for seed in args.seeds:              # the control
+        models["untrained", seed] = build("selective", seed).to(device)
+    for model_name, seed, model, facts in taught(args, name, names, teach_needle, device, steps):
+        rows += ask_at_all_lengths(model, model_name, seed, device, facts, longest)
+        models[model_name, seed] = model
+    save_rows(name, rows)
+    others = f"results/needle{'_quick' if args.quick else ''}.csv"
+    if args.name and os.path.exists(others):
+        with open(others, encoding="utf-8") as file:
+            rows += csv.DictReader(file)
+    draw_lengths(name, rows)
+
+    # The gates at the needle, and everywhere else but at the question.
+    gates = []
+    for (model_name, seed), model in models.items():
+        tokens, places, _ = random_needles(100, 1024, generator(seed, "gates"))
+        distance = torch.arange(1024) - places.unsqueeze(1)                    # (100, 1024)
+        near = (distance >= 0) & (distance < NEAR)
+        near[:, -1] = False
+        elsewhere = ~near
+        elsewhere[:, -1] = False
+        gates += gate_rows(model, model_name, seed, tokens.to(device), near, elsewhere)
+    save_rows(f"{name}_delta", gates)
+
+    # A short haystack for the figure, in which all tokens can be read.
+    seed, place, length = args.seeds[0], 21, 64
+    tokens = next(haystacks(length, torch.tensor([place]), torch.tensor([7]),
                             generator(seed, "one haystack"))).to(device)
-    keep(f"needle{quick}", rows)
-    keep(f"needle_delta{quick}", gates)
-    draw_along(f"needle_delta{quick}",
-               {name: along(model, tokens) for (name, s), model in models.items() if s == seed},
-               [place + 1], "needle", f"one haystack, seed {seed}")
-    draw_lengths(quick)
-    draw_grid(f"needle_grid{quick}", found)
-
-
-def look_as_the_paper(args, device):
-    """Ask a model that has no penalty, after each doubling of its steps."""
-    quick, rows = "_quick" if args.quick else "", []
-    for seed in args.seeds:
-        for model, facts in teach_as_the_paper(args, seed, device):
-            rows += ask_at_all_lengths(args, model, "paper", seed, device, facts)[0]
-    keep(f"needle_paper{quick}", rows)
-    draw_lengths(quick)
+    shown = {}
+    for model_name in ("untrained", "selective", "penalised"):
+        if (model_name, seed) in models:
+            shown[model_name] = models[model_name, seed]
+    distance = torch.arange(length) - place
+    marks = (distance >= 0) & (distance < NEAR)
+    labels = {place: "marker", length - 1: "marker"}
+    draw_gates(f"{name}_gates", gate_panels(shown, tokens), marks, labels=labels,
+               title=f"one haystack of {length} tokens, seed {seed}; triangles: the needle, and the three tokens that see it")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -907,6 +901,7 @@ def look_as_the_paper(args, device):
 # is longer: 4,096 tokens, of 16 kinds with the noise, and 400,000 steps.)
 
 COPIED = 16          # symbols to repeat
+COPYING_STEPS, COPYING_QUICK = 3000, 60
 
 
 def scattered(count, length, random):
@@ -950,75 +945,99 @@ def copied(model, length, seed, device, count=1024):
 
 
 def look_at_copying(args, device):
-    """Selection on and off side by side: results/copying.csv and a figure."""
-    steps, length = (60 if args.quick else 3000), args.length or (32 if args.quick else 256)
-    suffix = ("" if length == 256 else f"_length_{length}") + ("_quick" if args.quick else "")
+    """Models with and without selection side by side: rows, and a figure of the gates."""
+    name = args.name or ("copying_quick" if args.quick else "copying")
+    steps = args.steps or (COPYING_QUICK if args.quick else COPYING_STEPS)
+    length = args.length or (32 if args.quick else 256)
+    names = args.models or ["selective", "fixed", "s4"]
     print(f"copying: {COPIED} symbols among {length} tokens, {steps} steps, seeds {args.seeds}; "
           f"loss of a blind guess ln {SYMBOLS} = {math.log(SYMBOLS):.4f}", flush=True)
-    rows, first = [], {"untrained": build("selective", args.seeds[0]).to(device)}
-    for name, seed, model, facts in taught(args, f"copying{suffix}", ("selective", "fixed"),
-                                           teach_copying, device, steps=steps, length=length):
-        first.setdefault(name, model)    # the figure shows those of the first seed
+
+    def teach(*model_and_steps):
+        return teach_copying(*model_and_steps, length)
+
+    rows, gates = [], []
+    shown = {"untrained": build("selective", args.seeds[0]).to(device)}
+    for model_name, seed, model, facts in taught(args, name, names, teach, device, steps):
         right = copied(model, length, seed, device).float()
-        accuracy, whole = 100 * right.mean().item(), 100 * right.amin(1).mean().item()
-        rows.append({"model": name, "seed": seed, "length": length, "sequences": len(right),
-                     "accuracy": f"{accuracy:.2f}", "whole_sequences": f"{whole:.2f}", **facts})
-        print(f"RESULT model={name} seed={seed} length={length} accuracy={accuracy:.2f}",
+        accuracy, entire = 100 * right.mean().item(), 100 * right.amin(1).mean().item()
+        rows.append({"model": model_name, "seed": seed, "length": length, "sequences": len(right),
+                     "accuracy": f"{accuracy:.2f}", "whole_sequences": f"{entire:.2f}", **facts})
+        print(f"RESULT model={model_name} seed={seed} length={length} accuracy={accuracy:.2f}",
               flush=True)
-    tokens, places, _ = scattered(1, length, generator(args.seeds[0], "one sequence"))
-    keep(f"copying{suffix}", rows)
-    draw_along(f"copying{suffix}",
-               {name: along(model, tokens.to(device)) for name, model in first.items()},
-               places[0].tolist(), "symbol to repeat",
-               f"one sequence, seed {args.seeds[0]}, its answer from token {length} on")
+        tokens, _, _ = scattered(100, length, generator(seed, "gates"))
+        gates += gate_rows(model, model_name, seed, tokens.to(device), tokens < SYMBOLS,
+                           tokens == BLANK)
+        if model_name == "selective":
+            shown.setdefault(model_name, model)            # of the first seed
+    save_rows(name, rows)
+    save_rows(f"{name}_delta", gates)
+    tokens, _, _ = scattered(1, length, generator(args.seeds[0], "one sequence"))
+    draw_gates(f"{name}_gates", gate_panels(shown, tokens.to(device)), tokens[0] < SYMBOLS,
+               labels={length + COPIED // 2: "answer"}, size=(5, 1.6),
+               title=f"one sequence, seed {args.seeds[0]}; triangles: the symbols to repeat")
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line.
 
-TASKS = {"digits": look_at_digits, "needle": look_for_needles, "paper": look_as_the_paper,
-         "copying": look_at_copying, "text": look_at_text}
+TASKS = {"digits": look_at_digits, "needle": look_for_needles, "copying": look_at_copying,
+         "text": look_at_text}
 
 
 def parse(arguments):
+    """-> the flags."""
     p = argparse.ArgumentParser(
         allow_abbrev=False, usage="visualize_delta.py [--flag value ...]    (--help lists them)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--task", choices=TASKS, nargs="+", default=["needle", "digits"], metavar="TASK",
         help=f"of {', '.join(TASKS)}; default needle digits")
-    add("--digit", type=int, choices=range(10), default=7, metavar="0 … 9",
-        help="the one to draw, default %(default)s")
-    add("--index", type=int, default=0, help="which of its test images, default %(default)s")
+    add("--name", help="what the files of one task are called")
+    add("--digit", type=between(int, 0, 9), default=7, help="the one to draw; default 7")
+    add("--index", type=whole, default=0, help="which of its test images; default 0")
     add("--checkpoint", nargs="+", metavar="FILE",
         help="of digits or text; default: every seed in --out, of a full training if there is one")
-    add("--seeds", type=int, nargs="+", default=[0], help="of needle, paper, copying; default 0")
-    add("--length", type=int, help="of copying, default 256; the paper's: 4096")
-    add("--quick", action="store_true", help="needle, paper and copying: fewer steps and lengths")
+    add("--models", nargs="+", choices=MODELS, metavar="MODEL",
+        help=f"of needle and copying: {', '.join(MODELS)}")
+    add("--seeds", type=whole, nargs="+", default=[0], help="of needle and copying; default 0")
+    add("--steps", type=between(int, 1),
+        help=f"of needle, default {NEEDLE_STEPS}; of copying, default {COPYING_STEPS}")
+    add("--length", type=between(int, COPIED), help="of copying; default 256; the paper's: 4096")
+    add("--quick", action="store_true", help="needle and copying: fewer steps and lengths")
     add("--resume", action="store_true",
-        help="take the models of needle, paper and copying in --out, and train the others")
+        help="take the models of needle and copying that are in --out, and train the others")
     add("--data-dir", default="data", help="default %(default)s")
-    add("--out", default="checkpoints", help="folder for checkpoints, default %(default)s")
+    add("--out", default="checkpoints", help="folder for checkpoints; default %(default)s")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     args = p.parse_args(arguments)
     args.seeds = list(dict.fromkeys(args.seeds))
-    if args.index < 0 or args.length is not None and args.length < COPIED:
-        p.error(f"--index must be 0 or more, and --length {COPIED} or more")
+    args.task = list(dict.fromkeys(args.task))
+    if args.name and len(args.task) > 1:
+        p.error("--name names the files of one task: use --task, too")
+    if (args.models or args.steps or args.length) and not args.name:
+        p.error("other --models, --steps or --length need a --name for their files")
     return args
 
 
 def main():
+    """The command. A mistake is answered in one line."""
     args = parse(sys.argv[1:])
+    if hasattr(sys.stdout, "reconfigure"):       # a terminal or a log may not know all letters
+        sys.stdout.reconfigure(errors="replace")
     # The penalty makes Δ so small that numbers become denormal, and a CPU several times slower.
     # Threads inherit this when they start, so it comes before all work.
     torch.set_flush_denormal(True)
     try:
+        check_folders("results", "figures")
         device = choose_device(args.device)
-        for task in dict.fromkeys(args.task):
+        for task in args.task:
             TASKS[task](args, device)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped: --resume takes what was trained to the end")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (KeyboardInterrupt, BrokenPipeError):
+        print("\nvisualize_delta.py: stopped; --resume takes what was trained to the end",
+              file=sys.stderr)
+        os._exit(130)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         sys.exit(f"visualize_delta.py: {first_line(error)}")
 
 
