@@ -42,7 +42,6 @@ Source: Gu & Dao 2023, section 3.4 and figure 3; initialisation as in the author
 """
 import copy
 import math
-import os
 import platform
 import sys
 import time
@@ -54,7 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from s6 import S6, check_sequence, write_rows
+from s6 import S6, check_folders, check_sequence, write_rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,7 +167,7 @@ class Mamba(nn.Module):
     """The mixer, without norm and residual: x (b, l, d_model) -> y, the same shape, and a State.
 
     expand      d = expand · d_model
-    settings    of ConvS6 and of S6: d_conv, dt_rank, discretization
+    settings    of ConvS6 and of S6: d_conv, dt_rank, discretization, selection
     """
 
     def __init__(self, d_model, n=16, expand=2, **settings):
@@ -229,7 +228,7 @@ class MambaLM(nn.Module):
     A prompt goes through in one call of the model. It returns states, and from these `step` goes
     on, one token at a time, each at the same cost however long the text has become.
 
-    settings    of the blocks: n, expand, d_conv, dt_rank, discretization
+    settings    of the blocks: n, expand, d_conv, dt_rank, discretization, selection
     """
 
     def __init__(self, vocabulary, d_model=128, layers=4, **settings):
@@ -521,7 +520,7 @@ def main():
         print(__doc__)
         return
     torch.set_num_threads(1)
-    os.makedirs("results", exist_ok=True)
+    check_folders("results")
     rows = []
     print(f"{'size':12s}{'library':44s}{'first step, s':>14s}{'step, s':>10s}{'loss':>10s}")
     for size, (vocabulary, d_model, layers, (b, l)) in SIZES.items():

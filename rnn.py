@@ -26,7 +26,6 @@ Structured State Spaces" (DSS); Gu et al. 2022, "On the Parameterization and Ini
 Diagonal State Space Models" (S4D), sections 3 and 4.
 """
 import math
-import os
 import platform
 import sys
 import time
@@ -36,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from s6 import check_sequence, write_rows
+from s6 import check_folders, check_sequence, write, write_rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -326,7 +325,7 @@ def draw_hippo(path, l=1000):
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110, format="png")
+    write(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     print(f"wrote {path}")
 
 
@@ -335,8 +334,7 @@ def main():
     if sys.argv[1:]:         # --help, or anything else
         print(__doc__)
         return
-    for folder in ("results", "figures"):
-        os.makedirs(folder, exist_ok=True)
+    check_folders("results", "figures")
     draw_hippo("figures/hippo.png")
     write_rows("results/s4_modes.csv", compare_modes())
 

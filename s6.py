@@ -47,12 +47,15 @@ The glossary. The other files use the same names; the examples are those of trai
 """
 # No `from __future__ import annotations` here: TorchScript reads the annotations of this file.
 import csv
+import io
 import math
 import os
 import platform
 import sys
+import tempfile
 import time
 import warnings
+from pathlib import Path
 from typing import Optional, Tuple
 
 import torch
@@ -134,15 +137,19 @@ class S6(nn.Module):
     dt_rank   Δ is made through a bottleneck this narrow, since a full matrix would cost d²
               parameters; default ⌈d/32⌉, the authors' ⌈d_model/16⌉ for a block twice as wide inside
     discretization    "euler", as Mamba has it, or "zoh": see `selective_scan`
-    Raises ValueError for another discretization.
+    selection         "all": Δ, B and C depend on x. For comparisons, "BC": Δ is learned, and the
+                      same at every token; "none": so are B and C, as in S4. The shapes stay
+    Raises ValueError for another discretization or selection.
     """
 
-    def __init__(self, d, n=16, dt_rank=None, discretization="euler"):
+    def __init__(self, d, n=16, dt_rank=None, discretization="euler", selection="all"):
         super().__init__()
         if discretization not in DISCRETIZATIONS:
             raise ValueError(f"discretization must be one of {DISCRETIZATIONS}, got "
                              f"{discretization!r}")
-        self.n = n
+        if selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {SELECTIONS}, got {selection!r}")
+        self.n, self.selection = n, selection
         self.dt_rank = dt_rank or math.ceil(d / 32)
         self.discretization = discretization
         self.x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
@@ -177,7 +184,11 @@ class S6(nn.Module):
 
     def select(self, x):
         """x (b, l, d) -> Δ (b, l, d), A (d, n), B and C (b, l, n): all that a scan of x needs."""
+        if self.selection == "none":
+            x = torch.ones_like(x)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)
+        if self.selection == "BC":
+            dt = torch.zeros_like(dt)              # Δ = softplus(bias)
         # Under autocast the maps give bfloat16. Δ is made in float32 from there on: the decays
         # exp(ΔA) of many tokens multiply up, and so would their rounding.
         dt = self.dt_proj(dt)
@@ -202,7 +213,9 @@ class S6(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # The public function: checks, dtypes, and the choice of a method.
 
-METHODS, DISCRETIZATIONS = ("auto", "sequential", "parallel"), ("euler", "zoh")
+METHODS = ("auto", "sequential", "parallel")
+DISCRETIZATIONS = ("euler", "zoh")
+SELECTIONS = ("all", "BC", "none")       # what depends on x: see S6
 
 
 def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discretization="euler",
@@ -627,6 +640,50 @@ def _check(x, delta, A, B, C, D, h0, method, discretization):
 
 
 # --------------------------------------------------------------------------------------------------
+# Files, for all scripts of this directory. They appear whole or not at all: a run that is killed,
+# or a disk that is full, costs no file that was there before.
+
+def write(path, make, keep_old=False):
+    """Call make(an open temporary file), then move the file to path.
+
+    keep_old    what was at path becomes path.old, so that a command given twice costs nothing
+    os.replace is atomic: whoever looks at path sees the old file or the new one. The process id in
+    the temporary name keeps two runs of one name from writing into each other's file.
+    """
+    part = f"{path}.{os.getpid()}.part"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    try:
+        with open(part, "wb") as file:
+            make(file)
+        if keep_old and os.path.exists(path):
+            os.replace(path, f"{path}.old")
+            print(f"the earlier {path} is now {path}.old")
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def write_rows(path, rows):
+    """A CSV file of dictionaries that have the same keys; an earlier one becomes path.old."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, lambda file: file.write(text.getvalue().encode()), keep_old=True)
+    print(f"wrote {path}", flush=True)
+
+
+def check_folders(*folders):
+    """Make them if need be. One that cannot be written ends the script now, and not in the end."""
+    for folder in folders:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            sys.exit(f"{Path(sys.argv[0]).name}: cannot write to {folder} ({error.strerror})")
+
+
+# --------------------------------------------------------------------------------------------------
 # `python s6.py`: the ways side by side, and softmax attention for scale.
 
 def _attention(x, delta, A, B, C, D):
@@ -679,8 +736,7 @@ def main():
     if sys.argv[1:]:         # --help, or anything else
         print(__doc__)
         return
-    for folder in ("results", "figures"):
-        os.makedirs(folder, exist_ok=True)
+    check_folders("results", "figures")
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {platform.machine()}, {threads} threads; "
           f"b = 1, d = 128, n = 16; forward and backward\n")
@@ -707,16 +763,6 @@ def main():
     _draw("figures/scan_scaling.png", rows)
 
 
-def write_rows(path, rows):
-    """Dictionaries with the same keys -> a CSV file, which appears whole or not at all."""
-    with open(path + ".part", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path + ".part", path)
-    print(f"wrote {path}")
-
-
 def _draw(path, rows):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.8), layout="constrained")
@@ -730,7 +776,7 @@ def _draw(path, rows):
     for ax in axes:
         ax.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120, format="png")
+    write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     print(f"wrote {path}")
 
 

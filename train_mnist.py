@@ -32,9 +32,7 @@ Read before: vision.py and rnn.py. Read next: train_shakespeare.py.
 """
 import argparse
 import copy
-import csv
 import hashlib
-import io
 import itertools
 import math
 import os
@@ -42,7 +40,6 @@ import platform
 import shlex
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -61,6 +58,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from block import MambaBlock, graphed, parameter_groups
 from rnn import RNN, S4Block, S4Stack
+from s6 import check_folders, write, write_rows
 from vision import BEGIN, GREYS, ImageClassifier, PixelLM, VisionMamba, complete
 
 # The models, and their colours in the figures.
@@ -94,7 +92,9 @@ RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held 
     stem="conv",                         # from pixels to tokens: "conv", "deep", "patch"
     position="patches",                  # one vector per token; "axes": per row and column; "none"
     pool="mean",                         # of the tokens; "max"; "last", as in the classic RNN
+    n=16,                                # numbers in a state of Mamba, per channel
     discretization="euler",              # of Mamba, as its authors have it; or "zoh": see s6.py
+    selection="all",                     # of Mamba; or "BC", or "none": see S6 in s6.py
     fuse="average",                      # of both branches; or "concat"
     d_model=64,                          # width of the residual stream
     layers=2,                            # S4 gets twice as many: its blocks are half as large
@@ -115,7 +115,8 @@ RECIPES["next-pixel"] = dict(
     seed=0, epochs=1, batch=16,
     lr=6e-3, schedule="cosine", clip=1.0, weight_decay=0.05, average=0.998,
     smoothing=0.0, bf16=False,
-    discretization="euler",
+    n=16, discretization="euler", selection="all",
+    oscillate=True,                      # S4; False: its A is real, as Mamba's is
     d_model=96,
     layers=2,
     state=80,                            # S4: two blocks have the parameters of one Mamba block
@@ -207,10 +208,12 @@ def build(recipe, data):
             raise ValueError("next-pixel needs grey images, and --model causal or s4: the others "
                              "see the pixel that they must guess, or cannot go on from a state")
         if model == "causal":
-            how = dict(discretization=recipe["discretization"])
+            how = {key: recipe[key] for key in ("n", "discretization", "selection")}
             blocks = [MambaBlock(d_model, **how) for _ in range(layers)]
         else:
             blocks = [S4Block(d_model, recipe["state"]) for _ in range(2 * layers)]
+            for block in blocks if not recipe["oscillate"] else ():
+                block.s4.omega.requires_grad_(False).zero_()
         return PixelLM(blocks, d_model, size), next_pixel()
 
     frame = {key: recipe[key] for key in ("patch", "stem", "position", "pool")}
@@ -222,7 +225,7 @@ def build(recipe, data):
         body = S4Stack(d_model, 2 * layers, recipe["state"])
         classifier = ImageClassifier(body, d_model, d_model, **frame)
     else:
-        how = {key: recipe[key] for key in ("fuse", "discretization")}
+        how = {key: recipe[key] for key in ("n", "fuse", "discretization", "selection")}
         classifier = VisionMamba(d_model, layers, direction=model, **how, **frame)
     return classifier, classification(data)
 
@@ -429,44 +432,7 @@ def describe(device):
 
 
 # --------------------------------------------------------------------------------------------------
-# Files appear whole or not at all: a run that is killed, or a disk that is full, costs no file that
-# was there before.
-
-def write(path, make, keep_old=False):
-    """Call make(an open temporary file), then move the file to path.
-
-    keep_old    what was at path becomes path.old, so that a forgotten --resume costs nothing
-    os.replace is atomic: whoever looks at path sees the old file or the new one. The process id in
-    the temporary name keeps two trainings of one name from writing into each other's file.
-    """
-    part = f"{path}.{os.getpid()}.part"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    try:
-        with open(part, "wb") as file:
-            make(file)
-        if keep_old and os.path.exists(path):
-            os.replace(path, f"{path}.old")
-            print(f"the earlier {path} is now {path}.old")
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
-
-
-def check_folders(*folders):
-    """Make them if need be. A folder that cannot be written is noticed now: an OSError."""
-    for folder in folders:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-
-
-def write_rows(path, rows):
-    """A CSV file of dictionaries that have the same keys; an earlier one becomes path.old."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, lambda file: file.write(text.getvalue().encode()), keep_old=True)
-
+# Checkpoints.
 
 def save_checkpoint(path, facts, modules, log, scores, keep_old=False):
     """All that `train` needs to go on, and that others need to rebuild the model and use it."""
@@ -489,6 +455,16 @@ def resume_from(path, facts, modules):
     # The images must be the same, wherever they are.
     ours["dataset"] = facts["data"]["fingerprint"]
     theirs["dataset"] = checkpoint.get("data", {}).get("fingerprint")
+    fill(modules, path, checkpoint, ours, theirs)
+    return checkpoint["log"], checkpoint["scores"]
+
+
+def fill(modules, path, checkpoint, ours, theirs):
+    """Fill modules from the checkpoint that was at path.
+
+    ours, theirs    settings: of this training, and of that of the checkpoint
+    Raises ValueError if they differ, or the checkpoint has other modules.
+    """
     for setting, value in ours.items():
         if theirs.get(setting) != value:
             raise ValueError(f"{path} was made with {setting} {theirs.get(setting)}, not {value}. "
@@ -502,7 +478,6 @@ def resume_from(path, facts, modules):
             module.load_state_dict(checkpoint[name])
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(problem) from error
-    return checkpoint["log"], checkpoint["scores"]
 
 
 def settings_of(optimizer):
@@ -985,7 +960,8 @@ def between(kind, low, high=math.inf):
 # The type of a setting says what it may be; for some, more is known.
 KINDS = {int: between(int, 1), float: between(float, 0), str: str}
 whole, fraction = between(int, 0), between(float, 0, 1)
-KINDS |= {"seed": whole, "layers": whole, "average": fraction, "smoothing": fraction}
+KINDS |= {"seed": whole, "layers": whole}
+KINDS |= {"average": fraction, "smoothing": fraction, "forget": fraction}
 CHOICES = {"model": MODELS, "schedule": ["cosine", "constant"],
            "augment": ["warp", "shift-flip", "none"]}
 

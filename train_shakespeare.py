@@ -22,20 +22,18 @@ to begin. All of this is in `train`.
 
 Without a network and without a file, the help texts of Python itself stand in for Shakespeare. The
 script announces this, and all results carry their name.
+
+Files, checkpoints, devices and the line of progress are as in train_mnist.py, and imported from it.
 Read before: block.py, train_mnist.py. Read next: visualize_delta.py.
 """
 import argparse
 import copy
-import csv
 import hashlib
-import io
 import math
 import os
-import platform
 import shlex
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +45,9 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 
 from block import MambaLM, State, generate, graphed, parameter_groups
+from s6 import check_folders, write, write_rows
+from train_mnist import (KINDS, PROCESSES, RANK, choose_device, describe, fill, first_line,
+                         progress, read_checkpoint, seed_for, whole)
 
 # Each value is also a flag, and stands in every checkpoint: so does one that you add.
 RECIPE = dict(
@@ -71,9 +72,6 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # --------------------------------------------------------------------------------------------------
 # Training: the loop, and what it needs.
 
-TORCHRUN = dist.is_torchelastic_launched()
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0
-PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 SAVE_EVERY = 100     # steps; besides, at the end of each epoch
 
 
@@ -210,12 +208,6 @@ def batch(recipe, text, step):
     return characters[:, :-1], characters[:, 1:]
 
 
-def seed_for(seed, what, number=0):
-    """A seed for one purpose. Hashed, since PyTorch's CPU generator reads 32 bits of a seed."""
-    text = f"{seed} {what} {number}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-
-
 def learning_rate(recipe, step, steps):
     """A line from 0 to lr over the first tenth of the steps, then a cosine to 0."""
     part = (step + 1) / steps
@@ -269,16 +261,6 @@ def print_opening(recipe, text, model, device):
     print(f"loss of a blind guess ln {size} = {math.log(size):.4f}")
 
 
-def progress(log, steps, window):
-    """One line: how far the training is, and the means over the last `window` steps."""
-    losses, hits, _ = zip(*log[-window:])
-    loss, percent = sum(losses) / len(losses), 100 * sum(hits) / len(hits)
-    seconds = log[-1][2]
-    left = seconds / len(log) * (steps - len(log))
-    return (f"  step {len(log)}/{steps}  loss {loss:.4f}  accuracy {percent:.2f}  "
-            f"{seconds:.0f} s, {left:.0f} s left")
-
-
 def print_epoch(model, text, recipe, scores):
     """Both validation losses, and 200 characters that the model writes."""
     for way, nats in zip(("streaming", "in blocks"), scores[-1]):
@@ -291,66 +273,8 @@ def print_epoch(model, text, recipe, scores):
     print("      | " + sample.replace("\n", "\n      | "), flush=True)
 
 
-def choose_device(name):
-    """-> torch.device: the one of that name; for "auto" the GPU if CUDA finds one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if name == "cuda":               # torchrun counts the processes of one machine
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:        # it depends on how torch was built
-        raise ValueError(f"there is no device {name} here: use --device cpu") from error
-    return torch.device(name)
-
-
-def describe(device):
-    """Recorded with each result: timings and bitwise equality depend on the machine and threads."""
-    name = f"{device.type} {platform.machine()}"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return f"{name}, threads {torch.get_num_threads()}, processes {PROCESSES}"
-
-
 # --------------------------------------------------------------------------------------------------
-# Files appear whole or not at all: a run that is killed, or a disk that is full, costs no file that
-# was there before.
-
-def write(path, make, keep_old=False):
-    """Call make(an open temporary file), then move the file to path.
-
-    keep_old    what was at path becomes path.old, so that a forgotten --resume costs nothing
-    os.replace is atomic: whoever looks at path sees the old file or the new one. The process id in
-    the temporary name keeps two trainings of one name from writing into each other's file.
-    """
-    part = f"{path}.{os.getpid()}.part"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    try:
-        with open(part, "wb") as file:
-            make(file)
-        if keep_old and os.path.exists(path):
-            os.replace(path, f"{path}.old")
-            print(f"the earlier {path} is now {path}.old")
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
-
-
-def check_folders(*folders):
-    """Make them if need be. A folder that cannot be written is noticed now: an OSError."""
-    for folder in folders:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-
-
-def write_rows(path, rows):
-    """A CSV file of dictionaries that have the same keys; an earlier one becomes path.old."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, lambda file: file.write(text.getvalue().encode()), keep_old=True)
-
+# Checkpoints.
 
 def save_checkpoint(path, facts, modules, log, scores, states, keep_old=False):
     """All that `train` needs to go on, and that others need to rebuild the model and use it."""
@@ -368,45 +292,16 @@ def resume_from(path, facts, modules, device):
     Raises ValueError if the checkpoint has other settings, another text or other modules.
     """
     checkpoint = read_checkpoint(path)
+    ours = facts["recipe"] | {"text": facts["text"]}
     # A setting that is newer than the checkpoint is not in it: it had its default value then.
     theirs = RECIPE | checkpoint.get("recipe", {}) | {"text": checkpoint.get("text")}
-    ours = facts["recipe"] | {"text": facts["text"]}
-    for setting, value in ours.items():
-        if theirs.get(setting) != value:
-            raise ValueError(f"{path} was made with {setting} {theirs.get(setting)}, not {value}. "
-                             f"Use that, or start without --resume")
+    fill(modules, path, checkpoint, ours, theirs)
     if PROCESSES > 1 and checkpoint["states"]:
         raise ValueError(f"{path} was saved within an epoch: go on without torchrun")
-    problem = f"{path} has another model or optimizer: start without --resume"
-    try:
-        # PyTorch itself loads the state of one optimizer into another kind, and fails later.
-        if settings_of(checkpoint["optimizer"]) != settings_of(modules["optimizer"].state_dict()):
-            raise ValueError(problem)
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(problem) from error
     states = checkpoint["states"]
     if states:
         states = [State(*(t.to(device) for t in state)) for state in states]
     return checkpoint["log"], checkpoint["scores"], states
-
-
-def settings_of(optimizer):
-    """The settings in the state of an optimizer, but for the rate, which changes with each step."""
-    groups = []
-    for group in optimizer["param_groups"]:
-        groups.append({key: value for key, value in group.items() if key not in ("lr", "params")})
-    return groups
-
-
-def read_checkpoint(path):
-    """A checkpoint, on the CPU. weights_only: nothing that is in the file is run as code."""
-    with open(path, "rb") as file:
-        try:
-            return dict(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as error:       # torch has many kinds for a damaged file
-            raise ValueError(f"{path} is damaged, or no checkpoint, or might run code") from error
 
 
 def load_model(path, device):
@@ -423,12 +318,6 @@ def load_model(path, device):
     except RuntimeError as error:
         raise ValueError(f"{path} is by another version of this code") from error
     return model.to(device).eval(), checkpoint["vocabulary"]
-
-
-def first_line(error):
-    """What went wrong, in one line; the type of the error if it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------
@@ -673,23 +562,6 @@ def write_text(args, device):
 
 # --------------------------------------------------------------------------------------------------
 # The command line.
-
-def between(kind, low, high=math.inf):
-    """A type for argparse: a number of that kind, from low to high."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:     # also if it is nan
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
-        return value
-
-    return number
-
-
-# The type of a setting says what it may be; for some, more is known.
-KINDS = {int: between(int, 1), float: between(float, 0)}
-whole, fraction = between(int, 0), between(float, 0, 1)
-KINDS |= {str: str, "seed": whole, "layers": whole, "average": fraction, "forget": fraction}
-
 
 def parse(arguments):
     """-> all flags, and the recipe: the settings, with what the flags change.

@@ -135,7 +135,7 @@ class VisionBlock(nn.Module):
 
     direction   "bidirectional", "causal" (both paths forward), "forward" (one path: a MambaBlock)
     fuse        the two paths by "average" or "concat"
-    settings    of ConvS6 and of S6: d_conv, dt_rank, discretization
+    settings    of ConvS6 and of S6: d_conv, dt_rank, discretization, selection
     """
 
     def __init__(self, d_model, n=16, expand=2, direction="bidirectional", fuse="average",
@@ -224,8 +224,9 @@ class VisionMamba(ImageClassifier):
     """An ImageClassifier whose body is a stack of VisionBlocks; `frame` goes to ImageClassifier."""
 
     def __init__(self, d_model=64, layers=2, n=16, direction="bidirectional", fuse="average",
-                 discretization="euler", d_conv=4, **frame):
-        how = dict(direction=direction, fuse=fuse, discretization=discretization, d_conv=d_conv)
+                 discretization="euler", selection="all", d_conv=4, **frame):
+        how = dict(direction=direction, fuse=fuse, discretization=discretization,
+                   selection=selection, d_conv=d_conv)
         blocks = [VisionBlock(d_model, n, **how) for _ in range(layers)]
         scale_residuals(blocks)
         super().__init__(nn.Sequential(*blocks), d_model, d_model, **frame)

@@ -47,9 +47,9 @@ import train_mnist
 import train_shakespeare
 from block import MambaLM, RMSNorm
 from rnn import RNN, S4Block
-from s6 import S6
-from train_mnist import (between, check_folders, choose_device, describe, first_line,
-                         read_checkpoint, seed_for, whole, write, write_rows)
+from s6 import S6, check_folders, write, write_rows
+from train_mnist import (between, choose_device, describe, first_line, read_checkpoint, seed_for,
+                         whole)
 
 LOOKS = {"trained": "#d62728", "untrained": "#7f7f7f"}     # a model and its control: colours
 
@@ -173,7 +173,6 @@ def save_rows(name, rows, **same):
     """Rows, with what is the same in all of them and the command that made them, as a CSV file."""
     same["command"] = "python " + shlex.join(sys.argv)
     write_rows(f"results/{name}.csv", [row | same for row in rows])
-    print(f"wrote results/{name}.csv", flush=True)
 
 
 def new_figure(rows, columns, size, **settings):
@@ -554,24 +553,6 @@ MODELS = {  # name: colour, in words
 }
 
 
-def switch_off(model, what):
-    """Take the selection out of a model for good: -> the model, of the same shape and cost.
-
-    "delta"   dt_proj is shown zeros: Δ = softplus(bias) at every token, while B and C still depend
-              on it. The weight of dt_proj is then without effect
-    "all"     x_proj is shown ones: Δ, B and C are learned, and the same at every token. S4 fixes
-              them too, but this is not S4: A is real, and convolution and gate are Mamba's
-    """
-    def constant(_, inputs):
-        return torch.zeros_like(inputs[0]) if what == "delta" else torch.ones_like(inputs[0])
-
-    for module in model.modules():
-        if isinstance(module, S6):
-            maps = module.dt_proj if what == "delta" else module.x_proj
-            maps.register_forward_pre_hook(constant)
-    return model
-
-
 class PlainLM(nn.Module):
     """The interface of MambaLM, around other layers: layer(x, state) -> y, state.
 
@@ -600,9 +581,8 @@ def build(name, seed):
         return PlainLM(ASK + 1, 64, [RNN(64, 134).rnn], 134)
     if name == "s4":
         return PlainLM(ASK + 1, 64, [S4Block(64, 60) for _ in range(4)], 64)
-    model = MambaLM(ASK + 1, d_model=64, layers=2)
-    off = {"fixed-delta": "delta", "fixed": "all"}
-    return switch_off(model, off[name]) if name in off else model
+    selection = {"fixed-delta": "BC", "fixed": "none"}.get(name, "all")
+    return MambaLM(ASK + 1, d_model=64, layers=2, selection=selection)
 
 
 def generator(seed, what, number=0):
