@@ -1812,7 +1812,8 @@ def test_without_selection_delta_is_constant_and_S6_a_convolution():
             y, _ = layer(x)
         spread = scans[""].delta.std(1).max().item()
         nonlinear = error(layer(2 * x)[0], 2 * y)
-        print(f"    selection {selection}: Δ varies by {spread:.1e}; S6(2x) - 2 S6(x) is {nonlinear:.1e}")
+        print(f"    selection {selection}: Δ varies by {spread:.1e}; S6(2x) - 2 S6(x) is "
+              f"{nonlinear:.1e}")
         assert (spread < 1e-6) == delta_is_constant
         assert (nonlinear < 1e-5) == is_linear
         assert error(y, layer.D * x) > 1e-3        # and not because nothing is written or read
@@ -1979,7 +1980,8 @@ def test_the_commands_that_look_at_delta_write_what_they_promise():
     # Real files and figures, but little work: no learning, images of 4×4 tokens, two lengths.
     learn = Mock(return_value=0.04)
     with folder_with_data(), patch.object(torch, "set_flush_denormal"), patch.multiple(
-            visualize_delta, learn=learn, QUICK_STEPS=4, PER_STEP=256, LONGEST_QUICK=7):
+            visualize_delta, learn=learn, QUICK_STEPS=4, PER_STEP=256, LONGEST_QUICK=7,
+            LOOKED_AT=(2, 64)):
         answers(f"{LOOK} digits", ["no trained model", "train_mnist.py"])
         runs(f"{DIGITS} --seed 3 --patch 7 --stem patch")
         runs(f"{HELP} --data synthetic")

@@ -368,65 +368,74 @@ def draw_ink(name, rows, title):
     save_figure(name, figure, title)
 
 
-def look_at_digits(args, device):
-    """Figures of Δ on one digit and on a thousand, and results/delta.csv."""
+def load_digits(args, device):
+    """The models to look at, and the images that they were trained on.
+
+    -> recipe, data, {seed: {"trained": model, "untrained": model}}
+    Raises ValueError for models that do not read MNIST by patches.
+    """
     names = ("mnist", "synthetic_digits", "mnist_quick", "synthetic_digits_quick")
     checkpoints = trained_models(args, [f"{name}-bidirectional" for name in names],
                                  "python train_mnist.py")
     recipe = train_mnist.RECIPES["mnist"] | checkpoints[0]["recipe"]
-    data_name = checkpoints[0].get("data", {}).get("name", "")
-    if recipe["dataset"] not in ("mnist", "fashion") or not 1 < recipe.get("patch", 1) < 14:
+    if recipe["dataset"] not in ("mnist", "fashion") or not 1 < recipe["patch"] < 14:
         raise ValueError("only models that read MNIST by patches can be looked at: name others by "
                          "--checkpoint")
-    source = "synthetic" if data_name.startswith("synthetic") else "real"
+    name = checkpoints[0]["data"]["name"]
+    source = "synthetic" if name.startswith("synthetic") else "real"
     data = train_mnist.load_data(recipe["dataset"], source, args.data_dir, 0)
+    pairs = {}
+    for checkpoint in checkpoints:
+        pairs[checkpoint["recipe"]["seed"]] = make_pair(
+            checkpoint, lambda: train_mnist.build(recipe, data)[0].to(device))
+    return recipe, data._replace(name=name), pairs
+
+
+def look_at_digits(args, device):
+    """Figures of Δ on one digit and on a thousand, and results/delta.csv."""
+    recipe, data, pairs = load_digits(args, device)
+    name, patch = args.name or "delta", recipe["patch"]
+    if not args.name and data.name != "mnist":
+        name += f"_{data.name.replace('-', '_')}"
     places = (data.test_labels == args.digit).nonzero().flatten()
     if args.index >= len(places):
-        raise ValueError(f"{data_name} has {len(places)} test images of a {args.digit}: use a "
+        raise ValueError(f"{data.name} has {len(places)} test images of a {args.digit}: use a "
                          f"smaller --index")
-    name = args.name or "delta"
-    if not args.name and data_name != "mnist":
-        name += f"_{data_name.replace('-', '_')}"
-
-    def make():
-        return train_mnist.build(recipe, data)[0].to(device)
 
     def read(model, images):
         inputs, _ = train_mnist.classification(data).prepare(images, None)
         return read_images(model, inputs.to(device))
 
     # A thousand digits: every scan of every model, with the ink that it read.
-    pairs = [make_pair(checkpoint, make) for checkpoint in checkpoints]
     images, rows = data.test_images[:1000], []
-    patch = recipe["patch"]
     ink = F.avg_pool2d(images.float() / 255, patch).flatten(1).to(device)      # (b, l)
-    for checkpoint, pair in zip(checkpoints, pairs):
+    for seed, pair in pairs.items():
         for look, model in pair.items():
             for (scan_name, backward), scan in read(model, images).items():
-                about = {"model": look, "seed": checkpoint["recipe"]["seed"], "scan": scan_name}
+                about = {"model": look, "seed": seed, "scan": scan_name}
                 for row in compare_with_ink(scan, ink.flip(1) if backward else ink):
                     rows.append(about | row)
-    save_rows(name, rows, stem=recipe["stem"], digits=len(images), dataset=data_name,
+    save_rows(name, rows, stem=recipe["stem"], digits=len(images), dataset=data.name,
               device=describe(device), torch=torch.__version__)
-    draw_ink(f"{name}_ink", rows, f"{data_name}, stem {recipe['stem']}: the patches of "
-             f"{len(images):,} test digits, place removed; a line per model and average")
+    where = f"{data.name}, stem {recipe['stem']}"
+    draw_ink(f"{name}_ink", rows, f"{where}: {len(images):,} test digits, place removed")
 
     # One digit, by the models of the first seed.
-    image = data.test_images[places[args.index]].unsqueeze(0)                  # (1, 1, h, w)
-    gates = {look: read(model, image) for look, model in pairs[0].items()}
-    title = (f"{data_name}, stem {recipe['stem']}, test image {args.index} of digit {args.digit}, "
-             f"seed {rows[0]['seed']}")
+    seed, pair = next(iter(pairs.items()))
+    image = data.test_images[places[args.index]]                               # (1, h, w)
+    gates = {look: read(model, image.unsqueeze(0)) for look, model in pair.items()}
+    title = f"{where}, test image {args.index} of digit {args.digit}, seed {seed}"
     one = "" if (args.digit, args.index) == (7, 0) else f"_{args.digit}_{args.index}"
-    draw_digit(f"{name}_digit{one}", image[0, 0], gates, title)
+    draw_digit(f"{name}_digit{one}", image[0], gates, title)
     panels = {}
     for look, scans in gates.items():
         for (scan_name, backward), scan in scans.items():
             values = opening(scan)[0].cpu()                                    # (l, d)
             panels[look, scan_name] = values.flip(0) if backward else values
-    brightness = F.avg_pool2d(image[0].float(), patch).flatten()               # (l,)
+    brightness = F.avg_pool2d(image.float(), patch).flatten()                  # (l,)
     side = image.shape[-1] // patch
     # The rows of patches, one behind the other: (patch, side · width).
-    strip = image[0, 0].view(side, patch, -1).transpose(0, 1).reshape(patch, -1)
+    strip = image[0].view(side, patch, -1).transpose(0, 1).reshape(patch, -1)
     labels = {row * side + side // 2: f"row {row + 1}" for row in range(side)}
     draw_gates(f"{name}_gates{one}", panels, brightness > 51, labels=labels, strip=strip,
                title=f"{title}; triangles: patches with ink")
@@ -700,6 +709,7 @@ NEEDLE_STEPS, QUICK_STEPS = 600, 300
 PER_STEP = 4096                          # tokens of a step
 SHORTEST, LONGEST, LONGEST_QUICK = 6, 20, 12       # log₂ of the lengths that are tested
 PIECE = 2 ** 14      # tokens that are evaluated at a time
+LOOKED_AT = 100, 1024                    # haystacks whose gates are looked at, and their length
 NEAR = 5             # the marker, its symbol, and the three tokens whose convolution reaches them
 
 
@@ -847,10 +857,10 @@ def look_for_needles(args, device):
     draw_lengths(name, rows)
 
     # The gates at the needle, and everywhere else but at the question.
-    gates = []
+    gates, (count, length) = [], LOOKED_AT
     for (model_name, seed), model in models.items():
-        tokens, places, _ = random_needles(100, 1024, generator(seed, "gates"))
-        distance = torch.arange(1024) - places.unsqueeze(1)                    # (100, 1024)
+        tokens, places, _ = random_needles(count, length, generator(seed, "gates"))
+        distance = torch.arange(length) - places.unsqueeze(1)                  # (count, length)
         near = (distance >= 0) & (distance < NEAR)
         near[:, -1] = False
         elsewhere = ~near
@@ -870,7 +880,8 @@ def look_for_needles(args, device):
     marks = (distance >= 0) & (distance < NEAR)
     labels = {place: "marker", length - 1: "marker"}
     draw_gates(f"{name}_gates", gate_panels(shown, tokens), marks, labels=labels,
-               title=f"one haystack of {length} tokens, seed {seed}; triangles: the needle, and the three tokens that see it")
+               title=f"one haystack of {length} tokens, seed {seed}; triangles: the needle, and the "
+                     f"three tokens that see it")
 
 
 # --------------------------------------------------------------------------------------------------
