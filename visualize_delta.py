@@ -340,30 +340,29 @@ def draw_digit(name, pixels, gates, title):
 
 
 def draw_ink(name, rows, title):
-    """A column per scan: rank correlation of Δ with the ink, over tokens back.
+    """A column per scan: rank correlation of Δ with the ink, over tokens back, a line per seed.
 
-    What to see: a line per model and average. Where the three averages of a trained model differ,
-    a few channels open where many shut. Untrained lines show what chance does.
+    What to see: whether red lines leave the grey ones, which show what chance does; and whether
+    solid and dotted lines agree. If not, a few channels with a large Δ open where many shut.
     """
-    styles = {"plain": ":", "ratio": "--", "geometric": "-"}
     scans = list(dict.fromkeys(row["scan"] for row in rows))
     figure, axes = new_figure(1, len(scans), (2.7 * len(scans) + 1.6, 3.2), sharey=True)
+    lines = {}                           # points of each line, by model, seed, scan and average
     for row in rows:
-        if row["back"] == 0:             # the first of a line
-            line = [other for other in rows
-                    if all(other[key] == row[key] for key in ("model", "seed", "scan"))]
-            for average, style in styles.items():
-                axes[0, scans.index(row["scan"])].plot(
-                    BACK, [float(point[f"rho_{average}"]) for point in line], style,
-                    color=LOOKS[row["model"]], linewidth=1,
-                    label=f"{row['model']}, {average}")
+        for average in ("geometric", "plain"):
+            key = row["model"], row["seed"], row["scan"], average
+            lines.setdefault(key, []).append(float(row[f"rho_{average}"]))
+    for (model, _, scan, average), points in lines.items():
+        axes[0, scans.index(scan)].plot(
+            BACK, points, "-" if average == "geometric" else ":", color=LOOKS[model],
+            linewidth=1, label=f"{model}, {average} mean")
     for ax, scan in zip(axes[0], scans):
         ax.set_title(scan, fontsize=9)
         ax.set_xlabel("tokens back")
         ax.axhline(0, color="black", linewidth=0.8)
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("rank correlation of Δ with ink")
-    once = {label: line for line, label in zip(*axes[0, -1].get_legend_handles_labels())}
+    once = {label: line for line, label in zip(*axes[0, 0].get_legend_handles_labels())}
     figure.legend(once.values(), once, loc="outside right", frameon=False, fontsize=8)
     save_figure(name, figure, title)
 
