@@ -1886,11 +1886,12 @@ def test_the_numbers_below_a_picture_of_gates_are_those_worked_out_by_hand():
     """Catches: a token that counts for the wrong side, channels that open counted as shut, a mean
     in which one channel weighs more than another."""
     # Seven tokens. At the third and fourth, channel 0 opens to 4 and 16 times its resting value,
-    # channel 1 shuts to a quarter, and channel 2 stays. The geometric means over the channels are
-    # 1 and 16^(1/3) · 4^(-1/3) = 4^(1/3).
+    # channel 1 shuts to a quarter, and channel 2 opens to twice. So the geometric means over the
+    # channels are 2^(1/3) and (16 · 1/4 · 2)^(1/3) = 2.
     ratio = torch.ones(1, 7, 3)
     ratio[0, 2:4, 0] = torch.tensor([4.0, 16.0])
     ratio[0, 2:4, 1] = 0.25
+    ratio[0, 2:4, 2] = 2.0
     here = torch.tensor([[False, False, True, True, False, False, False]])
     moves = torch.tensor([[1.0, 1, 5, 5, 1, 1, 90]])
     elsewhere = ~here
@@ -1900,8 +1901,8 @@ def test_the_numbers_below_a_picture_of_gates_are_those_worked_out_by_hand():
         (row,) = visualize_delta.gate_rows(Mock(), "penalised", 0, torch.zeros(1, 7), here,
                                            elsewhere)
     print(f"    {row}")
-    assert row["ratio"] == f"{4 ** (1 / 3):.4g}" and row["delta_elsewhere"] == "2"
-    assert row["opens_percent"] == row["shuts_percent"] == "33.3"
+    assert (row["ratio"], row["delta_here"], row["delta_elsewhere"]) == ("2", "4", "2")
+    assert (row["opens_percent"], row["shuts_percent"]) == ("66.7", "33.3")
     assert row["share_of_change_percent"] == f"{100 * 10 / 14:.1f}"
 
 
