@@ -74,21 +74,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
-def causal_conv(x, weight, bias, window=None):
-    """y_t = bias + Σ_i weight_i x_{t-w+1+i}, i = 0 … w-1, channel by channel: x, y (b, l, d).
+def causal_conv(x, weight, bias):
+    """x (b, w-1+l, d) -> y (b, l, d): y_t = bias + Σ_i weight_i x_{t+i}, i = 0 … w-1.
 
-    weight (d, 1, w), bias (d,); window (b, w-1, d): the inputs before the first token, None for 0.
+    Channel by channel: weight (d, 1, w), bias (d,). The first w-1 inputs come before the first
+    token. So y_t sees token t and the w-1 inputs before it.
     """
-    (_, l, d), padding = x.shape, weight.shape[-1] - 1
-    if l == 0:
-        return x
-    if window is not None:
-        x, padding = torch.cat([window.to(x.dtype), x], 1), 0                  # (b, w-1+l, d)
+    if x.shape[1] < weight.shape[-1]:    # no token
+        return x[:, :0]
     # (b, l, d) in memory is an image of 1×l pixels with its d channels last, the layout that suits
     # PyTorch's 2-d convolution. A conv1d would copy x to (b, d, l) and y back, half the cost again.
-    image = x.transpose(1, 2).unsqueeze(2)                                     # (b, d, 1, l)
-    y = F.conv2d(image, weight.view(d, 1, 1, -1), bias, padding=(0, padding), groups=d)
-    return y.squeeze(2)[:, :, :l].transpose(1, 2)
+    image = x.transpose(1, 2).unsqueeze(2)                                     # (b, d, 1, w-1+l)
+    y = F.conv2d(image, weight.unsqueeze(2), bias, groups=len(weight))
+    return y.squeeze(2).transpose(1, 2)
 
 
 class State(NamedTuple):
@@ -121,10 +119,12 @@ class ConvS6(nn.Module):
         check_sequence(self, a, self.conv1d.in_channels, mask)
         b, l, d = a.shape
         conv1d, w = self.conv1d, self.conv1d.kernel_size[0]
-        if state is not None and state.window.shape != (b, w - 1, d):
+        if state is None:
+            state = State(a.new_zeros(b, w - 1, d), None)
+        window, h0 = state
+        if window.shape != (b, w - 1, d):
             raise ValueError(f"ConvS6: the window of the state must have shape {(b, w - 1, d)}, "
-                             f"got {tuple(state.window.shape)}")
-        window, h0 = state or (None, None)
+                             f"got {tuple(window.shape)}")
         if mask is not None:
             # The convolution would see padding between two words. So padding moves behind the last
             # real token, where no real token sees it, and in the end y moves back.
@@ -133,26 +133,25 @@ class ConvS6(nn.Module):
             a = _take(a.masked_fill(padding, 0), order)
             mask = mask.gather(1, order)
 
-        x = F.silu(causal_conv(a, conv1d.weight, conv1d.bias, window))         # (b, l, d)
+        seen = torch.cat([window.to(a.dtype), a], 1)                           # (b, w-1+l, d)
+        x = F.silu(causal_conv(seen, conv1d.weight, conv1d.bias))              # (b, l, d)
         y, h = self.s6(x, h0, mask, method=method)
 
-        # The next window: the last w-1 real tokens. In cat([window, a]) the `count` real tokens of
-        # a follow w-1 older ones, and padding is behind them: so the window begins at `count`.
-        if window is None:
-            window = a.new_zeros(b, w - 1, d)
+        # The next window: the last w-1 real tokens. In `seen` the `count` real tokens of a follow
+        # w-1 older ones, and padding is behind them: so the window begins at `count`.
         if mask is None:
             count = a.new_full((b, 1), l, dtype=torch.int64)
         else:
             count = (mask != 0).sum(1, keepdim=True)                           # (b, 1)
         last = count + torch.arange(w - 1, device=a.device)                    # (b, w-1)
-        window = _take(torch.cat([window.to(a.dtype), a], 1), last)
+        window = _take(seen, last)
         if mask is not None:
             y = _take(y, torch.argsort(order, dim=1)).masked_fill(padding, 0)
         return y, State(window, h)
 
     def step(self, a, state):
         """The same for one token: a (b, d) and a State -> y (b, d), State."""
-        # One token of `causal_conv`. (For a single token a convolution is seven times as slow.)
+        # One token of `causal_conv`. (Calling conv2d for one token is seven times as slow.)
         window = torch.cat([state.window, a.unsqueeze(1)], 1)                  # (b, w, d)
         kernel = self.conv1d.weight.squeeze(1).t()                             # (w, d)
         x = F.silu((window * kernel).sum(1) + self.conv1d.bias)                # (b, d)
@@ -203,8 +202,7 @@ class MambaBlock(nn.Module):
     def forward(self, x, state=None, mask=None, *, method="auto", return_state=True):
         """x (b, l, d_model) -> the same shape, and the State after x. Errors as for ConvS6.
 
-        return_state    has no effect, since the State of a scan costs nothing. The S4Block of
-                        rnn.py has it, and so PixelLM can call both alike
+        return_state    has no effect; the S4Block of rnn.py needs it, and PixelLM calls both alike
         """
         check_sequence(self, x, self.mixer.d_model, mask)
         real = x
@@ -393,7 +391,7 @@ def generate(model, prompt, count, *, temperature=1.0, top_k=None, seed=0):
 
 
 def _check_generate(model, prompt, count, temperature, top_k):
-    if not isinstance(prompt, torch.Tensor) or prompt.is_floating_point():
+    if not isinstance(prompt, torch.Tensor) or prompt.dtype != torch.int64:
         raise ValueError("generate: prompt must be a tensor of int64")
     if prompt.ndim != 1 or len(prompt) == 0:
         raise ValueError(f"generate: prompt must have shape (l,), l ≥ 1, got {tuple(prompt.shape)}")
@@ -412,7 +410,7 @@ def _check_generate(model, prompt, count, temperature, top_k):
 # Training: how a stack starts, and what weight decay must leave alone.
 
 def scale_residuals(blocks):
-    """Divide each out_proj by √N, for N blocks: their sum starts as large as one (as in GPT-2)."""
+    """Divide each out_proj by √N: the sum of N blocks starts as large as one block, as in GPT-2."""
     with torch.no_grad():
         for block in blocks:
             for name, weight in block.named_parameters():
@@ -430,7 +428,10 @@ def parameter_groups(model, weight_decay):
     decayed, spared = [], []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim >= 2 and not name.endswith(("A_log", "omega", "position"))
-        (decayed if matrix else spared).append(parameter)
+        if matrix:
+            decayed.append(parameter)
+        else:
+            spared.append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay},
             {"params": spared, "weight_decay": 0.0}]
 
@@ -500,7 +501,8 @@ def time_steps(module, logits, tokens, count=3):
     optimizer, seconds = torch.optim.AdamW(module.parameters(), lr=0.0), []
     for _ in range(1 + count):
         start = time.perf_counter()
-        loss = F.cross_entropy(logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        guess = logits(tokens[:, :-1]).flatten(0, 1)
+        loss = F.cross_entropy(guess, tokens[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -35,7 +35,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from s6 import check_folders, check_sequence, write, write_rows
+from block import RMSNorm
+from s6 import check_folders, check_sequence, full, write, write_rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -44,8 +45,8 @@ from s6 import check_folders, check_sequence, write, write_rows
 class RNN(nn.Module):
     """x (b, l, d_model) -> states of the top layer (b, l, hidden), from a first state of zero.
 
-    train_mnist.py chooses `hidden` so that there are as many parameters as in Mamba, to 1 % (but in
-    the recipe poster, which follows what was published).
+    train_mnist.py chooses `hidden` so that there are as many parameters as in Mamba, to 1 %
+    (except in the recipe poster, which follows what was published).
     """
 
     def __init__(self, d_model, hidden, layers=2):
@@ -154,11 +155,6 @@ def _powers(step, l):
     return (coarse.unsqueeze(-1) * fine.unsqueeze(-2)).flatten(-2)[..., :l]
 
 
-def full(x):
-    """x in float32 at least: complex numbers and the FFT need it, and long memories, too."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class S4(nn.Module):
     """x (b, l, d) -> y (b, l, d): each channel has a linear recurrence of its own, n numbers wide.
 
@@ -201,6 +197,8 @@ class S4(nn.Module):
         if h is not None and h.shape != (len(x), *self.A_log.shape):
             raise ValueError(f"S4: the state must have shape {(len(x), *self.A_log.shape)}, got "
                              f"{tuple(h.shape)}")
+        if x.shape[1] == 0:              # no token: the state stays
+            return x, h
         if mode == "auto":
             mode = "recurrence" if x.shape[1] == 1 else "convolution"
         if mode == "recurrence":
@@ -240,7 +238,7 @@ class S4Block(nn.Module):
 
     def __init__(self, d_model, n=64):
         super().__init__()
-        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.norm = RMSNorm(d_model)
         self.s4 = S4(d_model, n)
         self.out_proj = nn.Linear(d_model, 2 * d_model)
 

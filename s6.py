@@ -12,14 +12,12 @@ write (B) and what to read (C).
     selective_scan(method="sequential")   a compiled loop over time, its gradient derived by hand
     selective_scan(method="parallel")     pieces of the sequence side by side, and a prefix scan
 
-At the sizes of all trainings here a CPU takes the sequential scan; the parallel one runs on a GPU,
-and on a CPU where a time step is narrow (b·d·n < 2^14) and the sequence long, as in the streaming
-validation of train_shakespeare.py. It has its own section, which a first reading may skip.
+A CPU takes the sequential scan, unless a time step is narrow (b·d·n < 2^14) and the sequence long.
+A GPU takes the parallel one. That has its own section, which a first reading may skip.
 
-Left out: the CUDA kernel. It computes the same in one launch: it discretizes and scans in the GPU's
-fast on-chip memory, never writes a tensor of shape (b, l, d, n), and in the backward pass computes
-the states again instead of storing them. `python s6.py` shows how time and memory grow with length:
-half a minute on two cores, a table, results/scan_scaling.csv and figures/scan_scaling.png.
+Left out: the CUDA kernel, which does all of this in one launch, in the GPU's fast on-chip memory.
+`python s6.py` measures time and memory over length, in half a minute: a table,
+results/scan_scaling.csv and figures/scan_scaling.png.
 
 Read next: test_scan.py, why you may believe this file; then block.py, what Mamba wraps around it.
 Source: Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
@@ -97,12 +95,17 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
     for t in range(x.shape[1]):
         delta_A = delta[:, t, :, None] * A                                     # (b, d, n)
         A_bar = torch.exp(delta_A)                                             # (b, d, n)
-        hold = torch.expm1(delta_A) / A if discretization == "zoh" else delta[:, t, :, None]
+        if discretization == "zoh":
+            hold = torch.expm1(delta_A) / A                                    # (b, d, n)
+        else:
+            hold = delta[:, t, :, None]                                        # (b, d, 1)
         B_bar = hold * B[:, t, None, :]                                        # (b, d, n)
         h = A_bar * h + B_bar * x[:, t, :, None]                               # (b, d, n)
         ys.append((h * C[:, t, None, :]).sum(-1))                              # (b, d)
     y = torch.stack(ys, 1)                                                     # (b, l, d)
-    return (y if D is None else y + D * x), h
+    if D is not None:
+        y = y + D * x
+    return y, h
 
 
 # --------------------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
 #     y_3 = C_3 (B̄_3 x_3 + Ā_3 B̄_2 x_2 + Ā_3 Ā_2 B̄_1 x_1)
 #     y_t = Σ_{s ≤ t} C_t (Π_{r = s+1 … t} Ā_r) B̄_s x_s
 # With Δ, B, C the same at every token, the factor before x_s is C Ā^(t-s) B̄. It depends on t - s
-# alone, so y is a convolution: that is S4 (rnn.py). With selection it depends on t and on s.
+# alone, so y is a convolution: that is S4 (rnn.py). With selection all tokens from s to t count.
 #
 # The same sum is attention without a softmax: C_t is the query, B_s the key, x_s the value, and the
 # product of decays a mask that fades with distance. test_scan.py builds that matrix, (l, l), and
@@ -144,14 +147,10 @@ class S6(nn.Module):
 
     def __init__(self, d, n=16, dt_rank=None, discretization="euler", selection="all"):
         super().__init__()
-        if discretization not in DISCRETIZATIONS:
-            raise ValueError(f"discretization must be one of {DISCRETIZATIONS}, got "
-                             f"{discretization!r}")
-        if selection not in SELECTIONS:
-            raise ValueError(f"selection must be one of {SELECTIONS}, got {selection!r}")
-        self.n, self.selection = n, selection
+        self.n = n
         self.dt_rank = dt_rank or math.ceil(d / 32)
-        self.discretization = discretization
+        self.discretization = choose("discretization", discretization, DISCRETIZATIONS)
+        self.selection = choose("selection", selection, SELECTIONS)
         self.x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d)
         # For x = 0, Δ = softplus(bias): at first between 0.001 and 0.1, log-uniform over the
@@ -191,10 +190,8 @@ class S6(nn.Module):
             dt = torch.zeros_like(dt)              # Δ = softplus(bias)
         # Under autocast the maps give bfloat16. Δ is made in float32 from there on: the decays
         # exp(ΔA) of many tokens multiply up, and so would their rounding.
-        dt = self.dt_proj(dt)
-        delta = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))
-        A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))
-        return delta, -torch.exp(A_log), B, C
+        delta = F.softplus(full(self.dt_proj(dt)))
+        return delta, -torch.exp(full(self.A_log)), B, C
 
     def step(self, x, h):
         """The same for one token: x (b, d), h (b, d, n) -> y (b, d), and the next h."""
@@ -309,8 +306,8 @@ def _short_pieces(l, width):
 #   - inside the loops a state is (b, n, d): with the channels innermost every pass runs along
 #     memory, and the sums over n (for y) and over d (for ∂B and ∂C) are products of a row and a
 #     matrix, which read the state once and write next to nothing;
-#   - B̄ is never formed, and Ā for one step only, in a buffer that is used again; exp(ΔA) is
-#     computed as exp2(Δ A/ln 2), which takes half the time on many CPUs;
+#   - B̄ is never formed, and going forward Ā for one step only, in a buffer that is used again;
+#     Euler computes exp(ΔA) as exp2(Δ A/ln 2), which takes half the time on many CPUs;
 #   - only every `keep`-th state survives the forward loop. The backward loop computes those between
 #     and their Ā again, a chunk at a time. With keep ≈ √l that is √l states to keep and 2√l to hold
 #     for a while instead of l, for one more forward pass.
@@ -337,7 +334,7 @@ def _short_pieces(l, width):
 def script(function):
     """Compile with TorchScript, or return the function as it is where TorchScript does not work.
 
-    It is deprecated, and unsupported on Python ≥ 3.14. Its warning, and no other, is silenced.
+    TorchScript is deprecated, and unsupported on Python ≥ 3.14. Only that warning is silenced.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
@@ -466,7 +463,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, delta, A, B, C, h0, k, zoh):
-        ctx.k, ctx.zoh, inputs = k, zoh, (x, delta, A, B, C)
+        ctx.k, ctx.zoh = k, zoh
+        inputs = (x, delta, A, B, C)
         u = x if zoh else delta * x
         with torch.autocast(x.device.type, enabled=False):   # the state stays in float32
             if k > 1:
@@ -599,6 +597,18 @@ def _end_gradients(grad_y, delta, A, C, grad_h, k):
 # --------------------------------------------------------------------------------------------------
 # Checks: a wrong shape must raise an error, and not be broadcast in silence.
 
+def full(x):
+    """x in float32 at least: decays multiply up over many tokens, and so would their rounding."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def choose(name, value, allowed):
+    """-> value. Raises ValueError if it is not among those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    return value
+
+
 def check_sequence(layer, x, d, mask=None):
     """Raise a ValueError unless x is (b, l, d), and mask, if there is one, (b, l)."""
     name = type(layer).__name__
@@ -611,32 +621,33 @@ def check_sequence(layer, x, d, mask=None):
 
 def _check(x, delta, A, B, C, D, h0, method, discretization):
     """Raise a ValueError that names the argument, what was expected and what came."""
-    def expect(name, expected, got):
+    def fail(name, expected, got):
         raise ValueError(f"selective_scan: {name} must {expected}, got {got}")
 
-    if method not in METHODS:
-        expect("method", f"be one of {METHODS}", repr(method))
-    if discretization not in DISCRETIZATIONS:
-        expect("discretization", f"be one of {DISCRETIZATIONS}", repr(discretization))
-    named = {"x": x, "delta": delta, "A": A, "B": B, "C": C, "D": D, "h0": h0}
-    named = {k: t for k, t in named.items() if t is not None or k not in ("D", "h0")}
+    choose("selective_scan: method", method, METHODS)
+    choose("selective_scan: discretization", discretization, DISCRETIZATIONS)
+    named = {"x": x, "delta": delta, "A": A, "B": B, "C": C}
+    if D is not None:
+        named["D"] = D
+    if h0 is not None:
+        named["h0"] = h0
     for name, t in named.items():
         if not isinstance(t, Tensor):
-            expect(name, "be a tensor", type(t).__name__)
+            fail(name, "be a tensor", type(t).__name__)
         if not t.dtype.is_floating_point:
-            expect(name, "be of a real floating dtype", t.dtype)
+            fail(name, "be of a real floating dtype", t.dtype)
         if t.device != x.device:
-            expect(name, f"be on {x.device} like x", t.device)
+            fail(name, f"be on {x.device} like x", t.device)
     if x.ndim != 3:
-        expect("x", "have shape (b, l, d)", tuple(x.shape))
+        fail("x", "have shape (b, l, d)", tuple(x.shape))
     if A.ndim != 2 or A.shape[0] != x.shape[2]:
-        expect("A", f"have shape (d, n) = ({x.shape[2]}, n)", tuple(A.shape))
+        fail("A", f"have shape (d, n) = ({x.shape[2]}, n)", tuple(A.shape))
     size = dict(zip("bld", x.shape), n=A.shape[1])
     for name, letters in (("delta", "bld"), ("B", "bln"), ("C", "bln"), ("D", "d"), ("h0", "bdn")):
         shape = tuple(size[letter] for letter in letters)
         if name in named and named[name].shape != shape:
             letters = str(tuple(letters)).replace("'", "")                     # (b, l, d)
-            expect(name, f"have shape {letters} = {shape}", tuple(named[name].shape))
+            fail(name, f"have shape {letters} = {shape}", tuple(named[name].shape))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -674,7 +685,7 @@ def write_rows(path, rows):
 
 
 def check_folders(*folders):
-    """Make them if need be. One that cannot be written ends the script now, and not in the end."""
+    """Create the folders. If one cannot be written to, exit now, and not after hours of training."""
     for folder in folders:
         try:
             os.makedirs(folder, exist_ok=True)
@@ -703,9 +714,10 @@ WAYS = {  # way, the longest sequence it is given, colour
 
 def _random_inputs(b, l, d, n):
     """Random x, Δ (mostly 0.02 … 0.13), A, B, C, D, requiring gradients."""
-    delta, A = F.softplus(torch.randn(b, l, d) - 3), -torch.arange(1.0, n + 1).repeat(d, 1)
-    B, C = torch.randn(b, l, n), torch.randn(b, l, n)
-    return [t.requires_grad_() for t in (torch.randn(b, l, d), delta, A, B, C, torch.ones(d))]
+    delta = F.softplus(torch.randn(b, l, d) - 3)
+    A = -torch.arange(1.0, n + 1).repeat(d, 1)
+    B, C, x = torch.randn(b, l, n), torch.randn(b, l, n), torch.randn(b, l, d)
+    return [t.requires_grad_() for t in (x, delta, A, B, C, torch.ones(d))]
 
 
 def _measure(way, inputs):

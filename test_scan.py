@@ -1769,7 +1769,8 @@ def test_without_network_the_fallback_is_announced_and_labelled():
 # every number below it must be the one that its name says.
 
 import visualize_delta
-from visualize_delta import build, changes, haystacks, opening, rank_correlation, watch
+from visualize_delta import (build_learner, changes, haystacks, opening, rank_correlation,
+                             watch)
 
 
 def test_looking_at_delta_changes_no_output_and_sees_what_the_scan_computes():
@@ -1833,8 +1834,8 @@ def test_the_answer_to_a_haystack_is_right_by_construction_also_in_pieces():
         for row, place, answer in zip(tokens, places, answers):
             assert (row == 16).nonzero().flatten().tolist() == [place, length - 1]
             assert row[place + 1] == answer
-    for name in visualize_delta.MODELS:
-        model = build(name, 0)
+    for name in visualize_delta.LEARNERS:
+        model = build_learner(name, 0)
         logits = visualize_delta.answer(model, tokens.split(7, 1), CPU)
         whole, _ = model(tokens)
         allow(f"{name}: logits after 100 tokens, read in pieces of 7",
@@ -1856,11 +1857,11 @@ def test_the_needle_is_taught_at_growing_lengths_and_the_penalty_comes_last():
     with patch.multiple(visualize_delta, learn=learn, PER_STEP=512):
         for name, penalty in (("penalised", 0.01), ("selective", 0.0)):
             calls.clear()
-            model = build(name, 0)
+            model = build_learner(name, 0)
             assert visualize_delta.teach_needle(model, name, 0, CPU, 60) == lengths[-1]
             assert calls[:len(lengths)] == [(length, 0.0) for length in lengths]
             assert set(calls[len(lengths):]) == {(length, penalty) for length in lengths}
-    model, means = build("penalised", 0), []
+    model, means = build_learner("penalised", 0), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tokens, answers = torch.randint(16, (8, 16)), torch.randint(16, (8, 1))
     for _ in range(3):
@@ -1869,8 +1870,8 @@ def test_the_needle_is_taught_at_growing_lengths_and_the_penalty_comes_last():
         means.append(sum(scan.delta.log().mean().item() for scan in scans.values()))
     print(f"    mean log Δ under a penalty: {means}")
     assert means[0] > means[1] > means[2]
-    counts = {name: sum(p.numel() for p in build(name, 0).parameters())
-              for name in visualize_delta.MODELS}
+    counts = {name: sum(p.numel() for p in build_learner(name, 0).parameters())
+              for name in visualize_delta.LEARNERS}
     print(f"    {counts}")
     assert max(counts.values()) < min(75_000, 1.01 * min(counts.values()))
 
@@ -1949,7 +1950,7 @@ def test_the_kinds_of_characters_are_those_that_a_reader_sees():
     torch.manual_seed(0)
     model, tokens = MambaLM(11, 16, 2), torch.randint(11, (100,))
     masks = (torch.arange(100) % 3 == torch.arange(3).unsqueeze(1)).float()
-    passage, sums = visualize_delta.read_text(model, tokens, masks, piece=70)
+    passage, sums = visualize_delta.openings_of_text(model, tokens, masks, piece=70)
     with watch(model) as scans:
         model(tokens.unsqueeze(0))
     for layer, scan in enumerate(scans.values(), 1):

@@ -20,10 +20,13 @@ All models get the same tokens (from the stem), the same pooling, a linear head,
 parameters to 1 %, the same augmented images, optimizer and schedule. They differ in the body, which
 reads the tokens. (In the recipe poster more differs, on purpose.)
 
-Read the recipes first, then `train`, which shows the whole loop; the rest serves these two. To
-change or add a value, edit RECIPES; for another data set of torchvision TORCHVISION; for another
-model `build`; for another schedule `learning_rate` and CHOICES; for another optimizer or loss
-`train`.
+Read the recipes first, then `train`, which shows the whole loop; the rest serves these two. What to
+edit:
+    RECIPES                       to change or add a setting
+    TORCHVISION                   for another data set of torchvision
+    build                         for another model
+    learning_rate and CHOICES     for another schedule
+    train                         for another optimizer or loss
 
 Without a network and without files, digits drawn with matplotlib's fonts stand in for MNIST. The
 script announces this, and all results carry their name. There are no worker processes: a data set
@@ -64,12 +67,14 @@ from vision import BEGIN, GREYS, ImageClassifier, PixelLM, VisionMamba, complete
 # The models, and their colours in the figures.
 MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c"}
 MODELS |= {"rnn": "#7f7f7f", "forward": "#17becf"}
+# Classes that take train=True, and have .data, .targets and .classes: CIFAR100, but not SVHN.
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
 
 
 # --------------------------------------------------------------------------------------------------
-# The recipes. Each value but the task is also a flag, and stands in every checkpoint: so does a
-# value that you add here. (The recipe next-pixel is written out in full: add the value there too.)
+# The recipes. Each setting but the task is also a flag, and is saved in every checkpoint. The same
+# holds for a setting that you add: a number, a string, True or False. (The recipe next-pixel is
+# written out in full, so add it there, too.)
 
 RECIPES = {}
 RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held out: --holdout 5000
@@ -142,8 +147,9 @@ RECIPES["poster"] = dict(                # settings of a published poster: see R
 )
 
 # The rows of the table that --compare makes: a name, and what it changes in the recipe. To train
-# one row alone: --compare --models NAME. Each Mamba of the poster differs from the one above it in
-# one respect: the learning rate (with its clipping), the branches, the direction, the rate again.
+# one row alone: --compare --models ROW --name FILES. (Without --name its table replaces the whole
+# one.) Each Mamba of the poster differs from the one above it in one respect: the learning rate
+# (with its clipping), the branches, the direction, the rate again.
 ROWS = {}
 for name in ("mnist", "pixels", "cifar10"):
     ROWS[name] = {model: {"model": model} for model in ("bidirectional", "causal", "s4", "rnn")}
@@ -212,8 +218,9 @@ def build(recipe, data):
             blocks = [MambaBlock(d_model, **how) for _ in range(layers)]
         else:
             blocks = [S4Block(d_model, recipe["state"]) for _ in range(2 * layers)]
-            for block in blocks if not recipe["oscillate"] else ():
-                block.s4.omega.requires_grad_(False).zero_()
+            if not recipe["oscillate"]:
+                for block in blocks:
+                    block.s4.omega.requires_grad_(False).zero_()
         return PixelLM(blocks, d_model, size), next_pixel()
 
     frame = {key: recipe[key] for key in ("patch", "stem", "position", "pool")}
@@ -308,8 +315,9 @@ def train(recipe, data, device, path, resume):
         if not math.isfinite(loss.item() + norm.item()):
             raise ValueError(f"not finite at step {step + 1}: start again with a smaller --lr")
 
-        # The update; then the average of the weights. Its decay begins at about 1 - 9/step, so
-        # it spans the last ninth of the steps; later it spans some 1 / (1 - average) of them.
+        # The update; then the average of the weights. Early in the training its decay is about
+        # 1 - 9/step, so that it spans the last ninth of the steps so far. Later the decay is
+        # recipe["average"], and it spans the last 1 / (1 - average) steps.
         optimizer.step()
         decay = min(recipe["average"], (1 + step) / (10 + step))
         with torch.no_grad():
@@ -323,7 +331,7 @@ def train(recipe, data, device, path, resume):
         if (step + 1) % 20 == 0 and sys.stdout.isatty():           # log files stay short
             print(progress(log, steps, 100), end="\r", flush=True)
 
-        # Where an epoch ends, the test of the averaged weights. There, and now and then, save.
+        # At the end of an epoch, test the averaged weights. Save then, and every SAVE_EVERY steps.
         epoch_ends = (step + 1) % steps_per_epoch == 0
         if epoch_ends:
             nats, percent = evaluate(average, task, data)
@@ -424,7 +432,7 @@ def choose_device(name):
 
 
 def describe(device):
-    """Recorded with each result: timings and bitwise equality depend on the machine and threads."""
+    """The device, threads and processes, as text: timings and exact bits depend on them."""
     name = f"{device.type} {platform.machine()}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -649,7 +657,8 @@ def data_name(dataset):
 def list_images(folder):
     """The images in folder/<class>/*: -> names of the classes, paths, labels (N,), sorted.
 
-    What is no image by its suffix is skipped (a GIF, too).
+    Files without the suffix of an image are skipped; so are GIFs. Raises ValueError for a class
+    without images.
     """
     classes = sorted(path.name for path in Path(folder).iterdir()
                      if path.is_dir() and not path.name.startswith("."))
@@ -692,7 +701,7 @@ def read_image(path, size=None, mode="RGB"):
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
-            image = image.convert(mode)                    # before it is resized: see one-bit ones
+            image = image.convert(mode)  # first: a one-bit image is resized without smoothing
             if size:
                 image = image.resize(size[::-1])
             return pil_to_tensor(image)
@@ -797,8 +806,8 @@ def warp(images, degrees, scale, shear, shift, generator=None):
 def shift_and_flip(images, padding=2):
     """Each image (b, c, h, w) shifted by up to `padding` pixels, and mirrored or not, by chance.
 
-    Of all windows of the padded image that have its size (a view: nothing is copied), each image
-    takes one. Nothing is interpolated.
+    Each image is padded, and a random window of the original size is cut out. `unfold` shows all
+    windows as a view, without a copy. Nothing is interpolated.
     """
     b, _, h, w = images.shape
     windows = F.pad(images, (padding,) * 4, mode="reflect").unfold(2, h, 1).unfold(3, w, 1)
@@ -814,7 +823,7 @@ def shift_and_flip(images, padding=2):
 # a number in the README comes from such a row.
 
 def changed(recipe):
-    """What differs from the recipe of that name, and has no column in a row: "lr=0.001"."""
+    """What differs from the recipe of that name: "lr=0.001,epochs=3". Not model, dataset, seed."""
     columns = {key: recipe[key] for key in ("recipe", "model", "dataset", "seed")}
     same = RECIPES[recipe["recipe"]] | columns
     return ",".join(f"{key}={recipe[key]}" for key in recipe if recipe[key] != same[key])
@@ -905,7 +914,8 @@ def draw_runs(path, runs, title):
     # Both axes are logarithmic in the loss, since late in a training the differences are small.
     axes[0].set(xlabel="training step", ylabel="training loss (nats)", yscale="log")
     axes[1].set(xlabel="seconds of training", yscale="log")
-    axes[2].set(xlabel="epoch", xticks=epochs, ylabel=unit.replace("_", " "))
+    ticks = range(1, len(epochs) + 1, 1 + len(epochs) // 11)
+    axes[2].set(xlabel="epoch", xticks=ticks, ylabel=unit.replace("_", " "))
     for ax in axes:
         ax.grid(alpha=0.3, which="both")
     axes[0].legend(frameon=False)
@@ -1021,8 +1031,13 @@ def parse(arguments):
 
     recipe = {"recipe": name} | RECIPES[name] | {key: getattr(args, key) for key in settings}
     given = {argument.split("=")[0] for argument in arguments}
-    if given & ({"--seed", "--model"} if args.compare else {"--seeds", "--models"}):
-        p.error("one run takes --seed and --model, and --compare takes --seeds and --models")
+    if args.compare and given & {"--seed", "--model"}:
+        p.error("--compare takes --seeds and --models, not --seed and --model")
+    if not args.compare and given & {"--seeds", "--models"}:
+        p.error("--seeds and --models are for --compare: one run takes --seed and --model")
+    if (args.checkpoint or args.invert) and not args.predict:
+        p.error("--checkpoint and --invert are for --predict; --resume takes the file of --out and "
+                "--name")
     if args.compare and not args.name and not args.quick and changed(recipe):
         p.error(f"a table with other settings than those of {name} needs a --name for its files")
     return args, recipe
@@ -1031,7 +1046,12 @@ def parse(arguments):
 def file_name(recipe, data):
     """What files are called: after the recipe, and after the data if they are not its own."""
     own = RECIPES[recipe]["dataset"]
-    name = recipe if data == own else data if recipe == own else f"{recipe}-{data}"
+    if data == own:
+        name = recipe
+    elif recipe == own:
+        name = data
+    else:
+        name = f"{recipe}-{data}"
     return name.replace("-", "_")
 
 
@@ -1056,7 +1076,7 @@ def predict(paths, checkpoint_path, invert):
     checkpoint = read_checkpoint(checkpoint_path)
     if "data" not in checkpoint or checkpoint["recipe"]["task"] != "classify":
         raise ValueError(f"{checkpoint_path} holds no model that tells classes apart")
-    recipe = RECIPES[checkpoint["recipe"]["recipe"]] | checkpoint["recipe"]
+    recipe = RECIPES.get(checkpoint["recipe"]["recipe"], {}) | checkpoint["recipe"]
     facts = checkpoint["data"]
     none = torch.empty(0, *facts["shape"])
     data = Data(facts["name"], none, none, none, none, facts["classes"], facts["mean"],
@@ -1096,7 +1116,11 @@ def prepare_data(args, recipe, device):
     if PROCESSES > 1 and RANK == 0:
         dist.barrier()
     data = shrink(data, args)
-    return Data(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in data))
+    moved = {}
+    for field, value in data._asdict().items():
+        if isinstance(value, torch.Tensor):
+            moved[field] = value.to(device)
+    return data._replace(**moved)
 
 
 def run(args, recipe):

@@ -5,7 +5,7 @@
     python train_shakespeare.py --generate "ROMEO:"    write from the checkpoint
     python train_shakespeare.py --text FILE            any UTF-8 text in place of Shakespeare
     python train_shakespeare.py --seeds 0 1 2          one model per seed: table and figure
-    python train_shakespeare.py --resume               go on after Ctrl-C; on a CPU, to the same end
+    python train_shakespeare.py --resume               go on after Ctrl-C, to the same weights
     torchrun --nproc_per_node=2 train_shakespeare.py   each of two processes takes half the batch
 
 A token is a character. The loss is -ln p of the next character, in nats, or -log₂ p, in bits. The
@@ -49,15 +49,17 @@ from s6 import check_folders, write, write_rows
 from train_mnist import (KINDS, PROCESSES, RANK, choose_device, describe, fill, first_line,
                          progress, read_checkpoint, seed_for, whole)
 
-# Each value is also a flag, and stands in every checkpoint: so does one that you add.
+# Each setting is also a flag, and is saved in every checkpoint. The same holds for one that you add:
+# a number or a string.
 RECIPE = dict(
     seed=0,                      # of weights, places in the text, and what is forgotten
     epochs=10,                   # with more, the validation loss rises again
     batch=32,                    # rows: places in the text that are read side by side
     block=128,                   # characters of each row per step; the gradient reaches back so far
     lr=1.5e-2,                   # at its peak; on held-out training text 1e-2 ends 0.02 nats higher
-    weight_decay=0.3,            # strong, or half a million parameters would learn the million
-                                 # characters by heart. 0.15 ends 0.02 nats higher there
+    weight_decay=0.3,            # strong: half a million parameters could learn the million
+                                 # characters by heart. On held-out training text 0.15 ends
+                                 # 0.02 nats higher
     average=0.998,               # decay of the averaged weights, used to evaluate and to generate
     forget=0.05,                 # chance that a row forgets its state before a step
     discretization="euler",      # as Mamba's authors have it; or "zoh", zero-order hold: see s6.py
@@ -129,8 +131,9 @@ def train(recipe, text, device, path, resume):
 
         # The characters of each row, and those that come next; under torchrun each process takes
         # its share of rows.
-        share = [t.chunk(PROCESSES)[RANK] for t in (*batch(recipe, text, step), forget)]
-        inputs, targets, forget = (t.to(device) for t in share)
+        inputs, targets = batch(recipe, text, step)
+        share = [t.chunk(PROCESSES)[RANK].to(device) for t in (inputs, targets, forget)]
+        inputs, targets, forget = share
 
         # Forward: from the states that the last step left, except where a row forgets. Where an
         # epoch begins, at other places in the text, all rows begin anew.
@@ -151,8 +154,9 @@ def train(recipe, text, device, path, resume):
         if not math.isfinite(loss.item() + norm.item()):
             raise ValueError(f"not finite at step {step + 1}: start again with a smaller --lr")
 
-        # The update; then the average of the weights. Its decay begins at about 1 - 9/step, so
-        # it spans the last ninth of the steps; later it spans some 1 / (1 - average) of them.
+        # The update; then the average of the weights. Early in the training its decay is about
+        # 1 - 9/step, so that it spans the last ninth of the steps so far. Later the decay is
+        # recipe["average"], and it spans the last 1 / (1 - average) steps.
         optimizer.step()
         decay = min(recipe["average"], (1 + step) / (10 + step))
         with torch.no_grad():
@@ -166,9 +170,9 @@ def train(recipe, text, device, path, resume):
         if (step + 1) % 20 == 0 and sys.stdout.isatty():           # log files stay short
             print(progress(log, steps, 100), end="\r", flush=True)
 
-        # Where an epoch ends, the averaged weights are validated, and write a few lines. There, and
-        # now and then, save; but several processes, which have the states of their own rows only,
-        # save where an epoch ends and the states are not needed any more.
+        # At the end of an epoch, validate the averaged weights and let them write a few lines. Save
+        # then, and every SAVE_EVERY steps. Under torchrun, save only at the end of an epoch: each
+        # process knows the states of its own rows alone, and there no states are needed.
         epoch_ends = (step + 1) % steps_per_epoch == 0
         if epoch_ends:
             states = None
@@ -193,8 +197,9 @@ def build(recipe, vocabulary):
 def batch(recipe, text, step):
     """Characters (b, block) of a step, and those that come next: a function of (seed, step).
 
-    Row r of an epoch starts at start + r · length, and wraps around at the end of the text; b times
-    length is about the text. The rows of this step begin where those of the last one ended.
+    Row r of an epoch starts at start + r · length, and wraps around at the end of the text. With
+    length = steps_per_epoch · block the b rows together cover almost the whole text. Each row of
+    this step begins where the same row of the last step ended.
     """
     b, block, n = recipe["batch"], recipe["block"], len(text.train)
     steps_per_epoch = (n - 1) // (b * block)
@@ -230,9 +235,9 @@ def stream_loss(model, text, piece=4096):
 
 @torch.no_grad()
 def block_losses(model, text, block):
-    """The same in blocks that are read on their own: -> the loss of each character, (N - 1,).
+    """The validation text in blocks, each read from an empty state: -> nats (N - 1,).
 
-    This is what a Transformer with a context of so many characters would be asked.
+    A Transformer whose context is one block long would be measured in this way.
     """
     x, y = text.valid[:-1], text.valid[1:]
     even = len(x) // block * block
@@ -354,7 +359,7 @@ def encode(string, vocabulary):
 def as_text(name, string):
     """The first 90 % for training and the last 10 % for validation: -> Text.
 
-    Not a random part: neighbouring lines know too much about each other.
+    Not random lines: a line says much about its neighbours, and the model would have seen them.
     """
     vocabulary = "".join(sorted(set(string)))
     place = {character: i for i, character in enumerate(vocabulary)}

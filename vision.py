@@ -29,24 +29,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from block import ConvS6, RMSNorm, scale_residuals
-from s6 import check_sequence
+from s6 import check_sequence, choose
 
 DIRECTIONS, FUSIONS = ("bidirectional", "causal", "forward"), ("average", "concat")
 STEMS, POOLS = ("conv", "deep", "patch"), ("mean", "max", "last")
 POSITIONS = ("patches", "axes", "none")
 
 
-def _choose(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-    return value
-
-
 # --------------------------------------------------------------------------------------------------
 # From pixels to tokens.
 
 class PixelNorm(RMSNorm):
-    """RMSNorm over the channels of each pixel, (b, c, h, w) both.
+    """RMSNorm over the channels of each pixel: (b, channels, height, width), in and out.
 
     Not BatchNorm or GroupNorm: statistics of the whole image, or of the batch, would tell the first
     token about the last, and the causal model would not be causal.
@@ -91,7 +85,7 @@ class Stem(nn.Module):
     def __init__(self, channels, d_model, patch=4, kind="conv"):
         super().__init__()
         self.channels = channels
-        if _choose("stem", kind, STEMS) == "patch":
+        if choose("stem", kind, STEMS) == "patch":
             self.net = nn.Conv2d(channels, d_model, patch, stride=patch)
             return
         if patch not in (2, 4):          # see _conv: a stride is 1 or 2
@@ -141,8 +135,8 @@ class VisionBlock(nn.Module):
     def __init__(self, d_model, n=16, expand=2, direction="bidirectional", fuse="average",
                  **settings):
         super().__init__()
-        self.direction = _choose("direction", direction, DIRECTIONS)
-        self.fuse = _choose("fuse", fuse, FUSIONS)
+        self.direction = choose("direction", direction, DIRECTIONS)
+        self.fuse = choose("fuse", fuse, FUSIONS)
         d = expand * d_model
         self.norm = RMSNorm(d_model)
         self.in_proj = nn.Linear(d_model, 2 * d, bias=False)
@@ -191,13 +185,14 @@ class ImageClassifier(nn.Module):
         if any(side % patch for side in image_size):
             raise ValueError(f"patch {patch} does not divide an image of {image_size[0]}x"
                              f"{image_size[1]} pixels")
-        self.image_size, self.pool = tuple(image_size), _choose("pool", pool, POOLS)
+        self.image_size, self.pool = tuple(image_size), choose("pool", pool, POOLS)
         self.stem = Stem(channels, d_model, patch, stem)
         rows, columns = self.grid = image_size[0] // patch, image_size[1] // patch
-        self.axes = _choose("position", position, POSITIONS) == "axes"
+        self.axes = choose("position", position, POSITIONS) == "axes"
         vectors = rows + columns if self.axes else rows * columns
-        self.position = None if position == "none" else nn.Parameter(
-            0.02 * torch.randn(vectors, d_model))
+        self.position = None
+        if position != "none":
+            self.position = nn.Parameter(0.02 * torch.randn(vectors, d_model))
         self.body = body
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, classes)
@@ -209,7 +204,10 @@ class ImageClassifier(nn.Module):
                              f"got shape {tuple(images.shape)}")
         x = self.stem(images)                                                  # (b, l, d_model)
         if self.position is not None:
-            x = x + (along_axes(self.position, *self.grid) if self.axes else self.position)
+            position = self.position
+            if self.axes:
+                position = along_axes(position, *self.grid)                    # (l, d_model)
+            x = x + position
         x = self.norm(self.body(x))                                            # (b, l, width)
         if self.pool == "mean":
             x = x.mean(1)
@@ -265,16 +263,17 @@ class PixelLM(nn.Module):
         """tokens (b, l) -> logits (b, l, 256), from the beginning of an image on."""
         return self.read(tokens, return_state=False)[0]
 
-    def read(self, tokens, states=None, *, return_state=True):
+    def read(self, tokens, past=None, *, return_state=True):
         """The same, and what to go on from: how many tokens were read, and the blocks' states.
 
+        past            what an earlier call returned beside the logits; None at the beginning
         return_state    False: for S4Blocks, which compute it apart: they give None as state
         Raises ValueError for another shape, and for more tokens than the image has pixels.
         """
         if tokens.ndim != 2:
             raise ValueError(f"PixelLM: tokens must have shape (b, l), got {tuple(tokens.shape)}")
         l, (height, width) = tokens.shape[1], self.image_size
-        place, states = states or (0, [None] * len(self.blocks))
+        place, states = past or (0, [None] * len(self.blocks))
         if place + l > height * width:
             raise ValueError(f"PixelLM: {place + l} tokens, and an image of {height}x{width} "
                              f"pixels takes {height * width}")

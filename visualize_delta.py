@@ -2,7 +2,7 @@
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        Δ_t → 0: token t leaves the state as it was
 
-    python visualize_delta.py                  needle and digits: 12 minutes on one core
+    python visualize_delta.py                  digits and needle: 12 minutes on one core
     python visualize_delta.py --task digits    Δ on a 7 (--digit, --index) and on 1,000 test digits
     python visualize_delta.py --task text      Δ on Shakespeare, character by character
     python visualize_delta.py --task needle    a needle in a haystack of a million tokens
@@ -17,10 +17,10 @@ one figure serves all tasks (`draw_gates`): channels over tokens, Δ over that c
 value. One pair of numbers goes with it: which share of the channels opens where the claim says, and
 which share shuts.
 
-Digits look at the classifiers of train_mnist.py, text at the models of train_shakespeare.py. Needle
-and copying are the paper's two tasks of memory (section 4.1), and train small models here: --quick
-takes fewer steps, --seeds 0 1 2 gives the README's tables, --models and --steps ask for others, and
---resume takes the models that are trained already.
+The task digits looks at the classifiers of train_mnist.py, and text at the models of
+train_shakespeare.py. Needle and copying are the paper's two tasks of memory (section 4.1), and
+train small models here: --quick takes fewer steps, --seeds 0 1 2 gives the README's tables,
+--models and --steps ask for others, and --resume takes the models that are trained already.
 
 Read before: train_mnist.py and train_shakespeare.py, whose models are looked at here.
 """
@@ -66,8 +66,8 @@ def watch(model):
 
     scan.s6      the module
     scan.x       (b, l, d) what it was given
-    scan.delta   (b, l, d) the Δ that it made of that, with its gradient
-    The model computes what it computes without; afterwards no trace is left on it.
+    scan.delta   (b, l, d) the Δ that it computed from x, as a part of the autograd graph
+    The output of the model does not change. The hooks are removed at the end.
     """
     scans, hooks = {}, []
     for name, module in model.named_modules():
@@ -165,7 +165,11 @@ def make_pair(checkpoint, make):
     if not any(isinstance(module, S6) for module in untrained.modules()):
         raise ValueError("these models have no Δ to look at: name others by --checkpoint")
     trained = copy.deepcopy(untrained)
-    trained.load_state_dict(checkpoint["average"])
+    try:
+        trained.load_state_dict(checkpoint["average"])
+    except RuntimeError as error:
+        raise ValueError("a checkpoint is by another version of this code: name others by "
+                         "--checkpoint") from error
     return {"trained": trained, "untrained": untrained}
 
 
@@ -203,7 +207,8 @@ def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1
     columns = list(dict.fromkeys(column for _, column in panels))
     above = [] if strip is None else ["strip"]
     heights = [0.2] * len(above) + [1] * len(rows)
-    width, height = size[0] * len(columns) + 1, size[1] * sum(heights) + 0.7
+    width = size[0] * len(columns) + 1
+    height = size[1] * sum(heights) + 0.7
     figure, axes = new_figure(len(heights), len(columns), (width, height), height_ratios=heights,
                               sharex=True)
     for ax in axes[0] if above else ():
@@ -241,6 +246,7 @@ def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1
 # over all digits.
 
 BACK = range(6)      # Δ is compared with what its scan reads now, and up to five tokens earlier
+INKED = 0.2          # brightness from which on a patch counts as inked
 
 
 @torch.no_grad()
@@ -301,7 +307,7 @@ def compare_with_ink(scan, ink):
             values = values[:, back:]
             rho = rank_correlation(values - values.mean(0), earlier - earlier.mean(0)).mean()
             row[f"rho_{average}"] = f"{rho.item():.3f}"
-        values, inked = by_channel[:, back:], earlier > 0.2
+        values, inked = by_channel[:, back:], earlier > INKED
         row |= opens_and_shuts(values[inked].mean(0), values[~inked].mean(0))
         rows.append(row)
     return rows
@@ -371,15 +377,17 @@ def load_digits(args, device):
     """The models to look at, and the images that they were trained on.
 
     -> recipe, data, {seed: {"trained": model, "untrained": model}}
-    Raises ValueError for models that do not read MNIST by patches.
+    Raises ValueError for models that do not read MNIST or FashionMNIST by patches.
     """
     names = ("mnist", "synthetic_digits", "mnist_quick", "synthetic_digits_quick")
     checkpoints = trained_models(args, [f"{name}-bidirectional" for name in names],
                                  "python train_mnist.py")
     recipe = train_mnist.RECIPES["mnist"] | checkpoints[0]["recipe"]
-    if recipe["dataset"] not in ("mnist", "fashion") or not 1 < recipe["patch"] < 14:
-        raise ValueError("only models that read MNIST by patches can be looked at: name others by "
-                         "--checkpoint")
+    reads_patches = recipe["task"] == "classify" and 1 < recipe["patch"] < 14
+    known = "data" in checkpoints[0] and recipe["dataset"] in ("mnist", "fashion")
+    if not (known and reads_patches):
+        raise ValueError("only classifiers that read MNIST or FashionMNIST by patches can be looked "
+                         "at: name others by --checkpoint")
     name = checkpoints[0]["data"]["name"]
     source = "synthetic" if name.startswith("synthetic") else "real"
     data = train_mnist.load_data(recipe["dataset"], source, args.data_dir, 0)
@@ -436,7 +444,7 @@ def look_at_digits(args, device):
     # The rows of patches, one behind the other: (patch, side · width).
     strip = image[0].view(side, patch, -1).transpose(0, 1).reshape(patch, -1)
     labels = {row * side + side // 2: f"row {row + 1}" for row in range(side)}
-    draw_gates(f"{name}_gates{one}", panels, brightness > 51, labels=labels, strip=strip,
+    draw_gates(f"{name}_gates{one}", panels, brightness > 255 * INKED, labels=labels, strip=strip,
                title=f"{title}; triangles: patches with ink")
 
 
@@ -446,13 +454,13 @@ def look_at_digits(args, device):
 # One might guess: at the ends of words, at line breaks, at names. The passage lets one look, and
 # the means over the whole validation text, by kind of character, say whether it was chance.
 
-KINDS = ("letter in a word", "first letter", "speaker's name", "space", "line break", "colon",
+CHARACTERS = ("letter in a word", "first letter", "speaker's name", "space", "line break", "colon",
          "other")
-PASSAGE = slice(1, 59)                   # of the validation text: its beginning, but for a "?"
+PASSAGE = slice(1, 59)                   # of the validation text; Shakespeare's starts with a "?"
 
 
 def kinds_of(string):
-    """The kind of each character: -> [one of KINDS].
+    """The kind of each character: -> [one of CHARACTERS].
 
     A speaker's name has a line of its own, after an empty one and up to a colon. An apostrophe
     counts as part of a word: the d of "call'd" is no first letter.
@@ -473,7 +481,7 @@ def kinds_of(string):
 
 
 @torch.no_grad()
-def read_text(model, tokens, masks, piece=4096):
+def openings_of_text(model, tokens, masks, piece=4096):
     """Tokens (l,) read as one stream: -> the openings of a passage, and their means by kind.
 
     masks (kinds, l)    1 where a character is of that kind
@@ -503,9 +511,12 @@ def look_at_text(args, device):
                          "name others by --checkpoint")
     source = "synthetic" if "pydoc" in text_name else "real"
     text = train_shakespeare.load_text(args.data_dir, source, None)
+    if any(checkpoint["vocabulary"] != text.vocabulary for checkpoint in checkpoints):
+        raise ValueError(f"these models were trained on another version of {text.name}: train "
+                         f"again, or name others by --checkpoint")
     string = "".join(text.vocabulary[token] for token in text.valid)
     kinds = kinds_of(string)
-    masks = torch.stack([torch.tensor([k == kind for k in kinds]) for kind in KINDS])
+    masks = torch.stack([torch.tensor([k == kind for k in kinds]) for kind in CHARACTERS])
     masks = masks.float().to(device)                                           # (kinds, l)
     counts = masks.sum(1)
 
@@ -515,11 +526,13 @@ def look_at_text(args, device):
         pair = make_pair(checkpoint, lambda: train_shakespeare.build(
             recipe, text.vocabulary).to(device))
         for look, model in pair.items():
-            passage, sums = read_text(model, text.valid.to(device), masks)
+            passage, sums = openings_of_text(model, text.valid.to(device), masks)
             for layer, of_kinds in sums.items():
                 if checkpoint is checkpoints[0]:
                     panels[f"{look}\nlayer {layer}", ""] = passage[layer]
-                for kind, count, total in zip(KINDS, counts, of_kinds):
+                for kind, count, total in zip(CHARACTERS, counts, of_kinds):
+                    if count == 0:
+                        continue
                     here = total / count                                       # (d,)
                     elsewhere = (of_kinds.sum(0) - total) / (counts.sum() - count)
                     rows.append({"model": look, "seed": recipe["seed"], "layer": layer,
@@ -539,8 +552,7 @@ def look_at_text(args, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# The models that are taught to remember: one block, its selection switched off, and what came
-# before.
+# The models that are taught to remember: Mamba, Mamba with its selection switched off, S4, an RNN.
 #
 # They differ in one thing each. "penalised" has the first weights and the data of "selective"; only
 # its loss is another. "fixed-delta" can choose what to write, but not how much; "fixed" can choose
@@ -551,7 +563,7 @@ SYMBOLS = 16         # the ordinary tokens, 0 … 15
 MARKER = 16          # of the needle
 BLANK, ASK = 16, 17  # of copying
 
-MODELS = {  # name: colour, in words
+LEARNERS = {  # name: colour, in words
     "penalised": ("#d62728", "selection, and a penalty on Δ"),
     "selective": ("#1f77b4", "selection"),
     "fixed-delta": ("#ff7f0e", "Δ fixed, B and C selective"),
@@ -582,7 +594,7 @@ class PlainLM(nn.Module):
         return self.head(self.norm(x)), new
 
 
-def build(name, seed):
+def build_learner(name, seed):
     """The model of that name, with its first weights: 66,600 parameters."""
     torch.manual_seed(seed)
     if name == "rnn":
@@ -606,7 +618,8 @@ def learn(model, optimizer, tokens, answers, penalty=0.0):
     """
     with watch(model) as scans:
         logits = model(tokens)[0][:, -answers.shape[1]:, :SYMBOLS]
-    loss = task = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+    task = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+    loss = task
     if penalty:
         logs = [(scan.delta + FLOOR).log().mean() for scan in scans.values()]
         loss = task + penalty * torch.stack(logs).mean()
@@ -633,14 +646,19 @@ def taught(args, task, names, teach, device, steps):
     """
     for seed, name in itertools.product(args.seeds, names):
         path = os.path.join(args.out, f"{task}-{name}-seed{seed}.pt")
-        model, start = build(name, seed).to(device), time.perf_counter()
+        start = time.perf_counter()
+        model = build_learner(name, seed).to(device)
         if args.resume and os.path.exists(path):
             checkpoint = read_checkpoint(path)
             facts = checkpoint.get("facts", {})
             if facts.get("steps") != steps:
                 raise ValueError(f"{path} was not trained here for {steps} steps: leave out "
                                  f"--resume, or use another --name")
-            model.load_state_dict(checkpoint["weights"])
+            try:
+                model.load_state_dict(checkpoint["weights"])
+            except RuntimeError as error:
+                raise ValueError(f"{path} is by another version of this code: leave out "
+                                 f"--resume") from error
         else:
             length = teach(model, name, seed, device, steps)
             seconds = time.perf_counter() - start
@@ -657,10 +675,11 @@ def gate_rows(model, name, seed, tokens, here, elsewhere):
     """How the gates stand here and elsewhere: -> a row per layer, none for a model without gates.
 
     tokens (b, l); here, elsewhere (b, l) bool: the tokens of which the claim speaks, and others
-    delta_here, delta_elsewhere    Δ, geometric mean over channels: the largest one here, and the
-                                   median elsewhere; medians over sequences, as is their ratio
-    share_of_change_percent        how much of Σ ‖h_t - h_{t-1}‖ falls to the tokens here; empty
-                                   where the state never changes
+    delta_here         Δ (geometric mean over channels): the largest here; median over sequences
+    delta_elsewhere    the same, but the median over the tokens elsewhere
+    ratio              the first divided by the second; median over sequences
+    share_of_change_percent    the part of the tokens here in Σ ‖h_t - h_{t-1}‖ over both kinds of
+                               tokens; empty where the state never changes
     """
     with watch(model) as scans:
         model(tokens)
@@ -690,17 +709,18 @@ def gate_panels(models, tokens):
         with watch(model) as scans:
             model(tokens)
         for layer, scan in enumerate(scans.values(), 1):
-            words = MODELS[name][1] if name in MODELS else name
+            words = LEARNERS[name][1] if name in LEARNERS else name
             panels[f"layer {layer}", words] = opening(scan)[0].cpu()
     return panels
 
 
 # --------------------------------------------------------------------------------------------------
-# A needle in a haystack (the paper's induction heads, section 4.1.2): in noise stands a marker,
-# then the symbol to remember; when the marker comes again, at the end, that symbol is asked for.
+# A needle in a haystack (the paper's induction heads, section 4.1.2). The tokens are noise, with a
+# marker somewhere, and after it the symbol to remember. At the end the marker comes again, and the
+# model must answer with that symbol.
 #
-# To find a needle a model must write at two tokens and then leave its state alone, for as long as
-# it takes: what a gate is for. A leak that costs nothing at length 256 is multiplied by 4,096 at a
+# To find a needle a model must write at two tokens, and then leave its state alone until the end. A
+# gate can do that. A leak that does no harm over 256 tokens acts 4,096 times as long over a
 # million. So what is learned on short haystacks is tested on long ones.
 
 TAUGHT = (8, 16, 32, 64, 128, 256)       # lengths in training
@@ -798,10 +818,11 @@ def ask_at_all_lengths(model, name, seed, device, facts, longest):
 def draw_lengths(name, rows):
     """Needles found over length: a line per model and number of steps, the mean over seeds.
 
-    rows    of this run, and of the table `needle` if this run has another name
-    What to see: in the grey part, what was taught is learned. Beyond it, how far a line stays at
-    the top says how well the model leaves its state alone. A line ends where one seed was not
-    tested any more.
+    rows    of this run; if it has another name, also those of the table `needle` that this run did
+            not repeat
+    What to see: the lengths of the training are grey. A model that has learned the task is at the
+    top there. The further to the right a line stays at the top, the longer the model keeps its
+    state unchanged. A line ends where one seed was not tested any more.
     """
     figure, axes = new_figure(1, 1, (9, 4.6))
     ax = axes[0, 0]
@@ -814,7 +835,7 @@ def draw_lengths(name, rows):
         points = [(length, sum(values) / seeds, min(values), max(values))
                   for length, values in sorted(found.items()) if len(values) == seeds]
         lengths, mean, low, high = zip(*points)
-        color, words = MODELS[model]
+        color, words = LEARNERS[model]
         style = "o-" if steps <= NEEDLE_STEPS else "s--"
         words += "" if steps <= NEEDLE_STEPS else f", {steps:,} steps"
         ax.plot(lengths, mean, style, color=color, markersize=4)
@@ -838,13 +859,13 @@ def look_for_needles(args, device):
     """Teach every model, ask it at every length, and look at its gates: rows and figures."""
     name = args.name or ("needle_quick" if args.quick else "needle")
     steps = args.steps or (QUICK_STEPS if args.quick else NEEDLE_STEPS)
-    names = args.models or (["penalised"] if args.quick else list(MODELS))
+    names = args.models or (["penalised"] if args.quick else list(LEARNERS))
     longest = LONGEST_QUICK if args.quick else LONGEST
     print(f"needle: {steps} steps, seeds {args.seeds}; loss of a blind guess ln {SYMBOLS} = "
           f"{math.log(SYMBOLS):.4f}", flush=True)
     rows, models = [], {}
     for seed in args.seeds:              # the control
-        models["untrained", seed] = build("selective", seed).to(device)
+        models["untrained", seed] = build_learner("selective", seed).to(device)
     for model_name, seed, model, facts in taught(args, name, names, teach_needle, device, steps):
         rows += ask_at_all_lengths(model, model_name, seed, device, facts, longest)
         models[model_name, seed] = model
@@ -852,7 +873,10 @@ def look_for_needles(args, device):
     others = f"results/needle{'_quick' if args.quick else ''}.csv"
     if args.name and os.path.exists(others):
         with open(others, encoding="utf-8") as file:
-            rows += csv.DictReader(file)
+            known = {(row["model"], int(row["steps"])) for row in rows}
+            for row in csv.DictReader(file):
+                if (row["model"], int(row["steps"])) not in known:
+                    rows.append(row)
     draw_lengths(name, rows)
 
     # The gates at the needle, and everywhere else but at the question.
@@ -947,7 +971,7 @@ def look_at_copying(args, device):
         return teach_copying(*model_and_steps, length)
 
     rows, gates = [], []
-    shown = {"untrained": build("selective", args.seeds[0]).to(device)}
+    shown = {"untrained": build_learner("selective", args.seeds[0]).to(device)}
     for model_name, seed, model, facts in taught(args, name, names, teach, device, steps):
         right = copied(model, length, seed, device).float()
         accuracy, entire = 100 * right.mean().item(), 100 * right.amin(1).mean().item()
@@ -961,7 +985,8 @@ def look_at_copying(args, device):
         if model_name == "selective":
             shown.setdefault(model_name, model)            # of the first seed
     save_rows(name, rows)
-    save_rows(f"{name}_delta", gates)
+    if gates:                            # S4 and the RNN have none
+        save_rows(f"{name}_delta", gates)
     tokens, _, _ = scattered(1, length, generator(args.seeds[0], "one sequence"))
     draw_gates(f"{name}_gates", gate_panels(shown, tokens.to(device)), tokens[0] < SYMBOLS,
                labels={length + COPIED // 2: "answer"}, size=(5, 1.6),
@@ -981,19 +1006,19 @@ def parse(arguments):
         allow_abbrev=False, usage="visualize_delta.py [--flag value ...]    (--help lists them)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--task", choices=TASKS, nargs="+", default=["needle", "digits"], metavar="TASK",
-        help=f"of {', '.join(TASKS)}; default needle digits")
+    add("--task", choices=TASKS, nargs="+", default=["digits", "needle"], metavar="TASK",
+        help=f"of {', '.join(TASKS)}; default digits needle")
     add("--name", help="what the files of one task are called")
     add("--digit", type=between(int, 0, 9), default=7, help="the one to draw; default 7")
     add("--index", type=whole, default=0, help="which of its test images; default 0")
     add("--checkpoint", nargs="+", metavar="FILE",
         help="of digits or text; default: every seed in --out, of a full training if there is one")
-    add("--models", nargs="+", choices=MODELS, metavar="MODEL",
-        help=f"of needle and copying: {', '.join(MODELS)}")
+    add("--models", nargs="+", choices=LEARNERS, metavar="MODEL",
+        help=f"of needle and copying: {', '.join(LEARNERS)}")
     add("--seeds", type=whole, nargs="+", default=[0], help="of needle and copying; default 0")
     add("--steps", type=between(int, 1),
         help=f"of needle, default {NEEDLE_STEPS}; of copying, default {COPYING_STEPS}")
-    add("--length", type=between(int, COPIED), help="of copying; default 256; the paper's: 4096")
+    add("--length", type=between(int, COPIED + 1), help="of copying; default 256; the paper's: 4096")
     add("--quick", action="store_true", help="needle and copying: fewer steps and lengths")
     add("--resume", action="store_true",
         help="take the models of needle and copying that are in --out, and train the others")
@@ -1012,9 +1037,9 @@ def parse(arguments):
 
 def main():
     """The command. A mistake is answered in one line."""
-    args = parse(sys.argv[1:])
     if hasattr(sys.stdout, "reconfigure"):       # a terminal or a log may not know all letters
         sys.stdout.reconfigure(errors="replace")
+    args = parse(sys.argv[1:])
     # The penalty makes Δ so small that numbers become denormal, and a CPU several times slower.
     # Threads inherit this when they start, so it comes before all work.
     torch.set_flush_denormal(True)
@@ -1024,8 +1049,9 @@ def main():
         for task in args.task:
             TASKS[task](args, device)
     except (KeyboardInterrupt, BrokenPipeError):
-        print("\nvisualize_delta.py: stopped; --resume takes what was trained to the end",
-              file=sys.stderr)
+        trains = {"needle", "copying"} & set(args.task)
+        hint = "; --resume takes the models that are finished" if trains else ""
+        print(f"\nvisualize_delta.py: stopped{hint}", file=sys.stderr)
         os._exit(130)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         sys.exit(f"visualize_delta.py: {first_line(error)}")
