@@ -135,7 +135,7 @@ RECIPES["cifar10"] = dict(
     d_model=128, layers=4,
     hidden=268, state=132,               # 1,010,000 parameters
 )
-RECIPES["poster"] = dict(                # settings of a published poster: see README.md, Results
+RECIPES["poster"] = dict(                # settings of a published poster: see results/README.md
     RECIPES["mnist"],
     lr=1e-3, schedule="constant",        # neither a warm-up nor a decay: see ROWS for the rates
     weight_decay=0.01,
