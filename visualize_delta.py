@@ -825,7 +825,7 @@ def draw_lengths(name, rows):
     state unchanged. A line ends where one seed was not tested any more.
     """
     figure, axes = new_figure(1, 1, (9, 4.6))
-    ax = axes[0, 0]
+    ax, offset = axes[0, 0], -12
     for model, steps in dict.fromkeys((row["model"], int(row["steps"])) for row in rows):
         found = {}                       # length: percent, of each seed
         for row in rows:
@@ -840,8 +840,12 @@ def draw_lengths(name, rows):
         words += "" if steps <= NEEDLE_STEPS else f", {steps:,} steps"
         ax.plot(lengths, mean, style, color=color, markersize=4)
         ax.fill_between(lengths, low, high, color=color, alpha=0.15, linewidth=0)
-        ax.annotate(words, (lengths[-1], mean[-1]), xytext=(6, 4), textcoords="offset points",
+        # The name, at the end of the line: in turn below it and above it.
+        at_the_edge = lengths[-1] == 2 ** LONGEST
+        ax.annotate(words, (lengths[-1], mean[-1]), xytext=(0 if at_the_edge else 6, offset),
+                    textcoords="offset points", ha="right" if at_the_edge else "left",
                     color=color, fontsize=9)
+        offset = 5 if offset < 0 else -12
     ax.set_xscale("log", base=2)
     ax.axvspan(2 ** SHORTEST, TAUGHT[-1], color="0.9", zorder=0)
     ax.text(2 ** SHORTEST * 1.1, 50, "lengths of\nthe training", color="0.4", fontsize=9)
