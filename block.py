@@ -280,6 +280,18 @@ class MambaLM(nn.Module):
         return F.linear(self.norm_f(x), self.embedding.weight), new
 
 
+# The weights of an official model: of a layer (layers.0.norm.weight, …), and of all around them.
+OFFICIAL = {f"mixer.{name}" for name in (
+    "in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
+    "dt_proj.bias", "A_log", "D", "out_proj.weight")}
+OFFICIAL |= {"norm.weight", "norm_f.weight", "embedding.weight"}
+
+
+def _unwrapped(name):
+    """The name of a weight without what torch.compile and DistributedDataParallel put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
 def load_official(state_dict):
     """Weights by the names of state-spaces/mamba (1.x) or transformers -> a MambaLM with them.
 
@@ -304,10 +316,10 @@ def load_official(state_dict):
         raise ValueError("no weights of Mamba-1: A_log is not of shape (d, n)") from None
     if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
         raise ValueError("lm_head.weight differs from the embedding; here the head is tied to it")
-    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
+    numbers = [int(name.split(".")[1]) for name in weights if name.startswith("layers.")]
     vocabulary, d_model = embedding.shape
-    model = MambaLM(vocabulary, d_model, layers, n=n, expand=d // d_model, dt_rank=dt_rank,
-                    d_conv=d_conv)
+    sizes = dict(n=n, expand=d // d_model, dt_rank=dt_rank, d_conv=d_conv)
+    model = MambaLM(vocabulary, d_model, 1 + max(numbers), **sizes)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -334,18 +346,6 @@ def official_state_dict(model, style="transformers"):
         weights["backbone." + name] = weight.detach().clone()
     weights["lm_head.weight"] = weights[f"backbone.{embedding}.weight"].clone()
     return weights
-
-
-# The weights of an official model: of a layer (layers.0.norm.weight, …), and of all around them.
-OFFICIAL = {f"mixer.{name}" for name in (
-    "in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
-    "dt_proj.bias", "A_log", "D", "out_proj.weight")}
-OFFICIAL |= {"norm.weight", "norm_f.weight", "embedding.weight"}
-
-
-def _unwrapped(name):
-    """The name of a weight without what torch.compile and DistributedDataParallel put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 # --------------------------------------------------------------------------------------------------

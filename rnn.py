@@ -86,16 +86,19 @@ def memorize(x, n):
 
     h_k - h_{k-1} = (A (h_k + h_{k-1}) / 2 + B x_k) / k: step k of a clock that runs from 1 to l.
     """
-    (A, B), h, states = hippo(n), np.zeros(n), []
+    A, B = hippo(n)
+    I, h, states = np.eye(n), np.zeros(n), []
     for k, sample in enumerate(x, 1):
-        h = np.linalg.solve(np.eye(n) - A / (2 * k), (np.eye(n) + A / (2 * k)) @ h + B * sample / k)
+        h = (I + A / (2 * k)) @ h + B * sample / k
+        h = np.linalg.solve(I - A / (2 * k), h)
         states.append(h)
     return np.array(states)
 
 
 def recall(h, points):
     """The past that a state h (n,) of `memorize` holds, at points from 0 (first) to 1 (now)."""
-    return np.polynomial.legendre.legval(2 * points - 1, h * np.sqrt(2 * np.arange(len(h)) + 1))
+    scale = np.sqrt(2 * np.arange(len(h)) + 1)
+    return np.polynomial.legendre.legval(2 * points - 1, h * scale)
 
 
 def diagonal_hippo(n):
@@ -223,7 +226,8 @@ class S4(nn.Module):
         C, powers = torch.view_as_complex(full(self.C)), _powers(step, l)      # Ā^k, (d, n/2, l)
         K = 2 * torch.matmul((C * B_bar).unsqueeze(1), powers).squeeze(1).real         # (d, l)
         # As long again in zeros, or the end of the sequence would wrap around to its beginning.
-        y = torch.fft.irfft(torch.fft.rfft(x, 2 * l) * torch.fft.rfft(K, 2 * l), 2 * l)[..., :l]
+        spectrum = torch.fft.rfft(x, 2 * l) * torch.fft.rfft(K, 2 * l)
+        y = torch.fft.irfft(spectrum, 2 * l)[..., :l]
         if h0 is not None:               # h_0 adds 2 Re(C Ā^{t+1} h_0) to y_t
             y = y + 2 * torch.einsum("bdn,dnl->bdl", C * step.exp() * h0, powers).real
         h = None
@@ -281,18 +285,21 @@ def _measure(layer, x, mode):
 def compare_modes():
     """A table of training steps in both modes: -> rows."""
     threads, rows = torch.get_num_threads(), []
+    same = {"threads": threads, "torch": torch.__version__,
+            "device": f"cpu {platform.machine()}", "command": "python rnn.py"}
     print(f"torch {torch.__version__}, {platform.machine()}, {threads} threads\n"
           f"S4, b = 64, d = 64, n = 64; forward and backward, ms\n")
-    print(f"{'length':>8s}" + "".join(f"{mode:>16s}" for mode in MODES) + f"{'ratio':>8s}")
+    print(f"{'length':>8s}{'convolution':>16s}{'recurrence':>16s}{'ratio':>8s}")
     layer = S4(64)
     for l in (49, 196, 784):
         x = torch.randn(64, l, 64)
-        seconds = {mode: _measure(layer, x, mode) for mode in MODES}
-        ratio = seconds["recurrence"] / seconds["convolution"]
-        print(f"{l:8d}" + "".join(f"{1e3 * s:16.1f}" for s in seconds.values()) + f"{ratio:8.1f}")
-        rows.append({"length": l, **{f"{mode}_ms": f"{1e3 * s:.2f}" for mode, s in seconds.items()},
-                     "ratio": f"{ratio:.1f}", "threads": threads, "torch": torch.__version__,
-                     "device": f"cpu {platform.machine()}", "command": "python rnn.py"})
+        convolution = 1e3 * _measure(layer, x, "convolution")
+        recurrence = 1e3 * _measure(layer, x, "recurrence")
+        ratio = recurrence / convolution
+        print(f"{l:8d}{convolution:16.1f}{recurrence:16.1f}{ratio:8.1f}")
+        row = {"length": l, "convolution_ms": f"{convolution:.2f}",
+               "recurrence_ms": f"{recurrence:.2f}", "ratio": f"{ratio:.1f}"}
+        rows.append(row | same)
     return rows
 
 
@@ -315,8 +322,10 @@ def draw_hippo(path, l=1000):
                      label=f"recalled from n = {n} numbers")
     sizes = [2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64]
     for read, style in ((l, "o-"), (l // 2, "o--")):
-        errors = [np.linalg.norm(recall(memorize(x[:read], n)[-1], (np.arange(read) + 0.5) / read)
-                                 - x[:read]) / np.linalg.norm(x[:read]) for n in sizes]
+        past, points, errors = x[:read], (np.arange(read) + 0.5) / read, []
+        for n in sizes:
+            missed = recall(memorize(past, n)[-1], points) - past
+            errors.append(np.linalg.norm(missed) / np.linalg.norm(past))
         axes[1].semilogy(sizes, errors, style, color="black", label=f"after {read:,} samples")
     axes[0].set(xlabel="sample", ylabel="value")
     axes[1].set(xlabel="n: numbers in the state", ylabel="error of the recalled past, relative")

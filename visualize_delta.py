@@ -260,9 +260,12 @@ def read_images(model, images):
     named = {}
     for name, scan in scans.items():
         _, layer, branch, _ = name.split(".")              # body.0.second.s6
-        backward = branch == "second" and model.body[int(layer)].direction == "bidirectional"
-        way = {"first": "forward", "second": "backward" if backward else "forward again"}[branch]
-        named[f"layer {int(layer) + 1}, {way}", backward] = scan
+        layer = int(layer)
+        way = "forward"
+        if branch == "second":
+            both_ways = model.body[layer].direction == "bidirectional"
+            way = "backward" if both_ways else "forward again"
+        named[f"layer {layer + 1}, {way}", way == "backward"] = scan
     return named
 
 
@@ -273,7 +276,11 @@ def averages(scan):
     two all channels weigh the same; the last one treats twice and half the resting value alike.
     """
     log = opening(scan)                                                        # (b, l, d)
-    return {"plain": scan.delta.mean(-1), "ratio": (2 ** log).mean(-1), "geometric": log.mean(-1)}
+    return {
+        "plain": scan.delta.mean(-1),
+        "ratio": (2 ** log).mean(-1),
+        "geometric": log.mean(-1),
+    }
 
 
 def rank_correlation(a, b):
@@ -304,9 +311,9 @@ def compare_with_ink(scan, ink):
         earlier = ink[:, :l - back]
         row = {"back": back}
         for average, values in averages(scan).items():
-            values = values[:, back:]
-            rho = rank_correlation(values - values.mean(0), earlier - earlier.mean(0)).mean()
-            row[f"rho_{average}"] = f"{rho.item():.3f}"
+            values = values[:, back:] - values[:, back:].mean(0)
+            rho = rank_correlation(values, earlier - earlier.mean(0))
+            row[f"rho_{average}"] = f"{rho.mean().item():.3f}"
         values, inked = by_channel[:, back:], earlier > INKED
         row |= opens_and_shuts(values[inked].mean(0), values[~inked].mean(0))
         rows.append(row)
@@ -454,8 +461,8 @@ def look_at_digits(args, device):
 # One might guess: at the ends of words, at line breaks, at names. The passage lets one look, and
 # the means over the whole validation text, by kind of character, say whether it was chance.
 
-CHARACTERS = ("letter in a word", "first letter", "speaker's name", "space", "line break", "colon",
-         "other")
+SIGNS = {" ": "space", "\n": "line break", ":": "colon"}
+CHARACTERS = ["letter in a word", "first letter", "speaker's name", *SIGNS.values(), "other"]
 PASSAGE = slice(1, 59)                   # of the validation text; Shakespeare's starts with a "?"
 
 
@@ -470,7 +477,7 @@ def kinds_of(string):
         speakers.update(range(*match.span()))
     for place, (before, character) in enumerate(zip("\n" + string, string)):
         if not character.isalpha():
-            kinds.append({" ": "space", "\n": "line break", ":": "colon"}.get(character, "other"))
+            kinds.append(SIGNS.get(character, "other"))
         elif place in speakers:
             kinds.append("speaker's name")
         elif before.isalpha() or before == "'":
@@ -516,8 +523,8 @@ def look_at_text(args, device):
                          f"again, or name others by --checkpoint")
     string = "".join(text.vocabulary[token] for token in text.valid)
     kinds = kinds_of(string)
-    masks = torch.stack([torch.tensor([k == kind for k in kinds]) for kind in CHARACTERS])
-    masks = masks.float().to(device)                                           # (kinds, l)
+    numbers = torch.tensor([CHARACTERS.index(kind) for kind in kinds])         # (l,)
+    masks = F.one_hot(numbers, len(CHARACTERS)).t().float().to(device)         # (kinds, l)
     counts = masks.sum(1)
 
     rows, panels = [], {}
@@ -543,12 +550,11 @@ def look_at_text(args, device):
     if not args.name and text_name != "shakespeare":
         name += f"_{text_name.replace('-', '_')}"
     save_rows(name, rows, text=text_name, device=describe(device), torch=torch.__version__)
-    signs = {"\n": "↵", " ": "·"}
-    labels = {i: signs.get(character, character) for i, character in enumerate(string[PASSAGE])}
+    passage = string[PASSAGE].replace("\n", "↵").replace(" ", "·")
     marks = torch.tensor([kind == "line break" for kind in kinds[PASSAGE]])
-    draw_gates(name, panels, marks, labels=labels, size=(9, 1.1),
-               title=f"{text_name}: the beginning of the validation text, seed {rows[0]['seed']}; "
-                     f"triangles: line breaks")
+    title = f"{text_name}: the validation text begins, seed {rows[0]['seed']}"
+    draw_gates(name, panels, marks, labels=dict(enumerate(passage)), size=(9, 1.1),
+               title=f"{title}; triangles: line breaks")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -562,6 +568,7 @@ def look_at_text(args, device):
 SYMBOLS = 16         # the ordinary tokens, 0 … 15
 MARKER = 16          # of the needle
 BLANK, ASK = 16, 17  # of copying
+BETAS = 0.9, 0.95    # of AdamW
 
 LEARNERS = {  # name: colour, in words
     "penalised": ("#d62728", "selection, and a penalty on Δ"),
@@ -662,9 +669,14 @@ def taught(args, task, names, teach, device, steps):
         else:
             length = teach(model, name, seed, device, steps)
             seconds = time.perf_counter() - start
-            facts = {"params": sum(p.numel() for p in model.parameters()), "steps": steps,
-                     "taught_up_to": length, "training_seconds": f"{seconds:.0f}",
-                     "device": describe(device), "torch": str(torch.__version__)}
+            facts = {
+                "params": sum(p.numel() for p in model.parameters()),
+                "steps": steps,
+                "taught_up_to": length,
+                "training_seconds": f"{seconds:.0f}",
+                "device": describe(device),
+                "torch": str(torch.__version__),
+            }
             checkpoint = {"weights": model.state_dict(), "facts": facts}
             write(path, lambda file: torch.save(checkpoint, file), keep_old=True)
         yield name, seed, model, facts
@@ -693,11 +705,17 @@ def gate_rows(model, name, seed, tokens, here, elsewhere):
         moves = changes(scan)                                                  # (b, l)
         part, rest = moves[here].sum(), moves[elsewhere].sum()
         share = f"{100 * part / (part + rest):.1f}" if part + rest > 0 else ""
-        rows.append({"model": name, "seed": seed, "layer": layer, "sequences": len(tokens),
-                     "delta_here": f"{there.median():.3g}",
-                     "delta_elsewhere": f"{other.median():.3g}",
-                     "ratio": f"{(there / other).median():.4g}", **opens_and_shuts(*means),
-                     "share_of_change_percent": share})
+        rows.append({
+            "model": name,
+            "seed": seed,
+            "layer": layer,
+            "sequences": len(tokens),
+            "delta_here": f"{there.median():.3g}",
+            "delta_elsewhere": f"{other.median():.3g}",
+            "ratio": f"{(there / other).median():.4g}",
+            **opens_and_shuts(*means),
+            "share_of_change_percent": share,
+        })
     return rows
 
 
@@ -738,13 +756,16 @@ def haystacks(length, places, answers, random, piece=None):
     places, answers (b,): the marker is at place ≤ length - 3, the answer behind it
     """
     piece = piece or length
+    marker = torch.full_like(places, MARKER)
+    end = torch.full_like(places, length - 1)
     for start in range(0, length, piece):
-        tokens = torch.randint(SYMBOLS, (len(places), min(piece, length - start)), generator=random)
+        size = len(places), min(piece, length - start)
+        tokens = torch.randint(SYMBOLS, size, generator=random)
         # Marker, answer and question, each in the rows where it falls into this piece.
-        for at, symbol in ((places, MARKER), (places + 1, answers), (length - 1, MARKER)):
-            column = torch.as_tensor(at - start).expand(len(places))
+        for at, symbol in ((places, marker), (places + 1, answers), (end, marker)):
+            column = at - start                                                # (b,)
             rows = ((column >= 0) & (column < tokens.shape[1])).nonzero().flatten()
-            tokens[rows, column[rows]] = torch.as_tensor(symbol).expand(len(places))[rows]
+            tokens[rows, column[rows]] = symbol[rows]
         yield tokens
 
 
@@ -761,7 +782,7 @@ def teach_needle(model, name, seed, device, steps):
     After 256, lengths are drawn at random, so that none is forgotten; and only then is "penalised"
     penalised. Earlier, the penalty could shut the gates before the task is learned.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=BETAS, weight_decay=0)
     random, level = generator(seed, "needle"), 0
     for step in range(1, steps + 1):
         if level == len(TAUGHT):
@@ -804,10 +825,18 @@ def ask_at_all_lengths(model, name, seed, device, facts, longest):
     for power in range(SHORTEST, longest + 1):
         length, start = 2 ** power, time.perf_counter()
         count = 64 if length <= 2 ** 16 else 16            # a million tokens take minutes
-        accuracy = 100 * find_needles(model, length, count, seed, device).float().mean().item()
+        found = find_needles(model, length, count, seed, device)               # (count,)
+        accuracy = 100 * found.float().mean().item()
         seconds = time.perf_counter() - start
-        rows.append({"model": name, "seed": seed, "length": length, "haystacks": count,
-                     "accuracy": f"{accuracy:.1f}", "seconds": f"{seconds:.1f}", **facts})
+        rows.append({
+            "model": name,
+            "seed": seed,
+            "length": length,
+            "haystacks": count,
+            "accuracy": f"{accuracy:.1f}",
+            "seconds": f"{seconds:.1f}",
+            **facts,
+        })
         print(f"RESULT model={name} seed={seed} steps={facts['steps']} length={length} "
               f"accuracy={accuracy:.1f}", flush=True)
         if accuracy < 20:
@@ -925,7 +954,8 @@ COPYING_STEPS, COPYING_QUICK = 3000, 60
 def scattered(count, length, random):
     """-> tokens (count, length + COPIED), places of the symbols and the symbols (count, COPIED)."""
     # The first 16 of a random order of all places are 16 different places at random.
-    places = torch.rand(count, length, generator=random).argsort(1)[:, :COPIED].sort(1).values
+    order = torch.rand(count, length, generator=random).argsort(1)
+    places = order[:, :COPIED].sort(1).values                                  # (count, COPIED)
     symbols = torch.randint(SYMBOLS, (count, COPIED), generator=random)
     tokens = torch.full((count, length + COPIED), BLANK)
     tokens[:, length:] = ASK
@@ -938,11 +968,12 @@ def teach_copying(model, name, seed, device, steps, length):
     Without blanks the task is plain copying, and easy; the distances then grow little by little.
     The learning rate rises to 1e-2 in 50 steps, and falls to 0 along a cosine.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=BETAS, weight_decay=0)
     random = generator(seed, "copying")
     for step in range(1, steps + 1):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = 5e-3 * min(1.0, step / 50) * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = 1e-2 * min(1.0, step / 50) * cosine
         grown = min(1.0, max(0.0, (step / steps - 0.3) / 0.4))
         now = COPIED + round((length - COPIED) * grown)
         tokens, _, symbols = scattered(max(4, 4096 // (now + COPIED)), now, random)
@@ -979,8 +1010,15 @@ def look_at_copying(args, device):
     for model_name, seed, model, facts in taught(args, name, names, teach, device, steps):
         right = copied(model, length, seed, device).float()
         accuracy, entire = 100 * right.mean().item(), 100 * right.amin(1).mean().item()
-        rows.append({"model": model_name, "seed": seed, "length": length, "sequences": len(right),
-                     "accuracy": f"{accuracy:.2f}", "whole_sequences": f"{entire:.2f}", **facts})
+        rows.append({
+            "model": model_name,
+            "seed": seed,
+            "length": length,
+            "sequences": len(right),
+            "accuracy": f"{accuracy:.2f}",
+            "whole_sequences": f"{entire:.2f}",
+            **facts,
+        })
         print(f"RESULT model={model_name} seed={seed} length={length} accuracy={accuracy:.2f}",
               flush=True)
         tokens, _, _ = scattered(100, length, generator(seed, "gates"))
