@@ -1134,7 +1134,8 @@ def module_of(line):
 
 def recipe_of(line):
     """The recipe of a command."""
-    _, recipe = module_of(line).parse(line.split()[1:])
+    _, *flags = line.split()
+    _, recipe = module_of(line).parse(flags)
     return recipe
 
 
@@ -1429,8 +1430,7 @@ def test_each_image_is_warped_or_shifted_and_mirrored_by_an_amount_of_its_own():
                 ways.append((top, left, "as it is"))
             if torch.equal(out, window.flip(2)):
                 ways.append((top, left, "mirrored"))
-    assert len(ways) == 6
-    assert len(set(ways)) > 3
+    assert len(ways) == 6 and len(set(ways)) > 3
     assert len({how for _, _, how in ways}) == 2
 
     spots = torch.zeros(400, 1, 28, 28)
@@ -1530,8 +1530,11 @@ def plain_text(recipe, text, steps):
     x, y = text.valid[:-1], text.valid[1:]
     scores = []
     for size in (len(x), 16):            # streaming, and in blocks
-        logits = [average(part.unsqueeze(0))[0][0] for part in x.split(size)]
-        scores.append(F.cross_entropy(torch.cat(logits), y))
+        rows = []
+        for part in x.split(size):
+            logits, _ = average(part.unsqueeze(0))
+            rows.append(logits[0])
+        scores.append(F.cross_entropy(torch.cat(rows), y))
     return average, losses, scores
 
 
@@ -1542,8 +1545,8 @@ def test_a_training_is_this_plain_loop_and_its_score_that_of_all_test_data():
     next epoch; rows that never forget, or all at once; a score that is a mean of unequal parts."""
     # The test images are 256: two parts of 125, and six.
     x, y = digits().train_images, digits().train_labels
-    images = digits()._replace(train_images=x[:128], train_labels=y[:128],
-                               test_images=x, test_labels=y)
+    images = digits()._replace(
+        train_images=x[:128], train_labels=y[:128], test_images=x, test_labels=y)
     poem = as_text("poem", 12 * POEM)
     settings = [
         {}, {"epochs": 5}, {"augment": "none"}, {"augment": "shift-flip"},
@@ -1561,9 +1564,10 @@ def test_a_training_is_this_plain_loop_and_its_score_that_of_all_test_data():
             recipe, run = trained(line, data, lr=0.02, weight_decay=0.3, **changes)
         plainly = plain_images if data is images else plain_text
         average, losses, scores = plainly(recipe, data, len(run.log))
+        log, ends = torch.tensor(run.log), torch.tensor(run.scores[-1])
         worst = max(
-            error(torch.tensor(run.log)[:, 0], torch.tensor(losses)),
-            error(torch.tensor(run.scores[-1]), torch.tensor(scores)),
+            error(log[:, 0], torch.tensor(losses)),
+            error(ends, torch.tensor(scores)),
             *map(error, run.average.parameters(), average.parameters()),
         )
         allowed = 1e-5 if data is images else 1e-4         # a text is read row by row
@@ -1578,8 +1582,7 @@ def test_an_epoch_reads_every_character_once_and_each_batch_goes_on_where_the_la
     """Catches: rows at other places in the text, characters that nobody reads, targets off by one,
     epochs that all begin at the same place."""
     # Every character of this text is another one, so each says where it stands.
-    string = "".join(chr(65 + i) for i in range(1000))
-    letters = as_text("letters", string)
+    letters = as_text("letters", "".join(map(chr, range(65, 1065))))
     recipe, firsts = recipe_of(TEXT), set()
     for epoch, seed in itertools.product(range(2), range(2)):
         seen = []
@@ -1721,7 +1724,7 @@ def test_two_processes_equal_one():
             runs(line)
             by_one = torch.load(path)
             # Halves of a batch have the same mean gradient as the whole, but for rounding.
-            allow(f"{path}: losses after an epoch", largest_difference("scores"), 1e-3)
+            allow(f"{path}: losses after an epoch", largest_difference("scores"), 5e-5)
             # But each process has logged the loss of its own half.
             assert largest_difference("log") > 1e-3
 
@@ -1740,12 +1743,9 @@ def test_the_files_of_models_measure_and_write_their_tables_and_figures():
         patch.object(s6, "_random_inputs", short),
         patch.object(block, "SIZES", {"small": (65, 8, 1, (2, 16))}),
     ):
-        for line, name, least in (
-            ("s6.py", "scan_scaling", 21),
-            ("rnn.py", "s4_modes", 3),
-            ("block.py", "peers", 1),
-        ):
-            runs(line)
+        tables = ("s6", "scan_scaling", 21), ("rnn", "s4_modes", 3), ("block", "peers", 1)
+        for file, name, least in tables:
+            runs(f"{file}.py")
             rows = table(name)
             print(f"    {name}: {len(rows)} rows")
             assert len(rows) >= least
@@ -1786,12 +1786,11 @@ def test_every_row_and_seed_of_a_comparison_is_in_its_table():
 def test_the_next_pixel_is_measured_in_bits_and_the_digits_are_completed():
     """Catches: bits that are nats, a mean over images in place of pixels."""
     name = "next_pixel_synthetic_digits_limit_32"
-    path = f"checkpoints/{name}-causal-seed0.pt"
-    line = "train_mnist.py next-pixel --data synthetic --d-model 8 --layers 1 --limit 32"
+    line = "train_mnist.py next-pixel --data synthetic --limit 32 --d-model 8 --layers 1"
     with folder_with_data():
         _, (row,) = runs(line)
         wrote(name, "_completions.png")
-        model, _ = averaged(path, digits())
+        model, _ = averaged(f"checkpoints/{name}-causal-seed0.pt", digits())
     pixels = digits().test_images.flatten(1).long()
     tokens = F.pad(pixels[:, :-1], (1, 0), value=vision.BEGIN)
     with torch.no_grad():
@@ -2003,10 +2002,8 @@ def test_looking_at_delta_changes_no_output_and_sees_what_the_scan_computes():
     torch.manual_seed(0)
     tokens, images = torch.randint(11, (2, 30)), torch.rand(2, 1, 28, 28)
     writer, classifier = MambaLM(11, 16, 2), VisionMamba(16, 2)
-    for model, look in (
-        (writer, lambda: writer(tokens)[0]),
-        (classifier, lambda: classifier(images)),
-    ):
+    looks = {writer: lambda: writer(tokens)[0], classifier: lambda: classifier(images)}
+    for model, look in looks.items():
         kind, before = type(model).__name__, look()
         with contextlib.suppress(ZeroDivisionError), watch(model) as scans:
             equal(f"{kind} while one looks", look(), before)
@@ -2023,11 +2020,8 @@ def test_without_selection_delta_is_constant_and_S6_a_convolution():
     """Catches: an ablation that switches nothing off."""
     torch.manual_seed(0)
     x = torch.randn(2, 9, 8)
-    for selection, delta_is_constant, is_linear in (
-        ("all", False, False),
-        ("BC", True, False),
-        ("none", True, True),
-    ):
+    cases = ("all", False, False), ("BC", True, False), ("none", True, True)
+    for selection, delta_is_constant, is_linear in cases:
         layer = S6(8, 4, selection=selection)
         with watch(layer) as scans:
             y, _ = layer(x)
@@ -2178,12 +2172,12 @@ def test_delta_lies_on_the_image_where_its_token_was_read():
 
 def test_the_kinds_of_characters_are_those_that_a_reader_sees():
     """Catches: a letter after an apostrophe taken for a first one, a line taken for a name."""
-    string = "\n\nROMEO:\nI'm no: one."
-    expected = ["line break"] * 2 + ["speaker's name"] * 5 + ["colon", "line break"]
-    expected += ["first letter", "other", "letter in a word", "space"]                 # I'm
-    expected += ["first letter", "letter in a word", "colon", "space"]                 # no:
-    expected += ["first letter", "letter in a word", "letter in a word", "other"]      # one.
-    assert visualize_delta.kinds_of(string) == expected
+    text = "//ROMEO:/I'm no: one."       # a slash for each line break
+    kind = "//NNNNN:/fow fw: fwwo"
+    names = {"/": "line break", " ": "space", ":": "colon", "N": "speaker's name"}
+    names |= {"f": "first letter", "w": "letter in a word", "o": "other"}
+    expected = [names[letter] for letter in kind]
+    assert visualize_delta.kinds_of(text.replace("/", "\n")) == expected
     # Read in pieces, the means by kind are those of the whole text.
     torch.manual_seed(0)
     model, tokens = MambaLM(11, 16, 2), torch.randint(11, (100,))
