@@ -602,7 +602,7 @@ class PlainLM(nn.Module):
 
 
 def build_learner(name, seed):
-    """The model of that name, with its first weights: 66,600 parameters."""
+    """The model of that name, with its first weights: 66,600 to 67,200 parameters."""
     torch.manual_seed(seed)
     if name == "rnn":
         return PlainLM(ASK + 1, 64, [RNN(64, 134).rnn], 134)
@@ -695,6 +695,7 @@ def gate_rows(model, name, seed, tokens, here, elsewhere):
     """
     with watch(model) as scans:
         model(tokens)
+    here, elsewhere = here.to(tokens.device), elsewhere.to(tokens.device)
     rows = []
     for layer, scan in enumerate(scans.values(), 1):
         by_channel = opening(scan)                                             # (b, l, d)
@@ -911,8 +912,12 @@ def look_for_needles(args, device):
                 if (row["model"], int(row["steps"])) not in known:
                     rows.append(row)
     draw_lengths(name, rows)
+    look_at_needles(name, models, device)
 
-    # The gates at the needle, and everywhere else but at the question.
+
+def look_at_needles(name, models, device):
+    """The gates of models {(name, seed): model}: results/needle_delta.csv and a figure."""
+    # At the needle, and everywhere else but at the question.
     gates, (count, length) = [], LOOKED_AT
     for (model_name, seed), model in models.items():
         tokens, places, _ = random_needles(count, length, generator(seed, "gates"))
@@ -925,7 +930,8 @@ def look_for_needles(args, device):
     save_rows(f"{name}_delta", gates)
 
     # A short haystack for the figure, in which all tokens can be read.
-    seed, place, length = args.seeds[0], 21, 64
+    _, seed = next(iter(models))
+    place, length = 21, 64
     tokens = next(haystacks(length, torch.tensor([place]), torch.tensor([7]),
                             generator(seed, "one haystack"))).to(device)
     shown = {}
