@@ -1,6 +1,6 @@
 """train_shakespeare.py: the same block writes text, from a state of constant size.
 
-    python train_shakespeare.py                        train, 10 epochs: 17 minutes on one core
+    python train_shakespeare.py                        train, 10 epochs: 20 minutes on one core
     python train_shakespeare.py --quick                a first look in under a minute
     python train_shakespeare.py --generate "ROMEO:"    write from the checkpoint
     python train_shakespeare.py --text FILE            any UTF-8 text in place of Shakespeare
