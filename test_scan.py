@@ -1290,7 +1290,7 @@ def test_all_models_of_a_table_have_one_budget_and_begin_with_a_blind_guess():
             sizes[row] = count(compared)
             if name == "mnist":
                 loss, _ = train_mnist.evaluate(model, task, digits())
-                allow(f"{row}: loss - ln 10", abs(loss - math.log(10)), 0.3)
+                allow(f"{row}: loss - ln 10", abs(loss - math.log(10)), 0.5)
         print(f"    {name}: {sizes}")
         assert max(sizes.values()) < 1.0101 * min(sizes.values())
         if "bidirectional" in sizes:
