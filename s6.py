@@ -685,7 +685,7 @@ def write_rows(path, rows):
 
 
 def check_folders(*folders):
-    """Create the folders. If one cannot be written to, exit now, and not after hours of training."""
+    """Create the folders. If one cannot be written to, exit now and not after hours of work."""
     for folder in folders:
         try:
             os.makedirs(folder, exist_ok=True)

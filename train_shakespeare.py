@@ -49,8 +49,8 @@ from s6 import check_folders, write, write_rows
 from train_mnist import (KINDS, PROCESSES, RANK, choose_device, describe, fill, first_line,
                          progress, read_checkpoint, seed_for, whole)
 
-# Each setting is also a flag, and is saved in every checkpoint. The same holds for one that you add:
-# a number or a string.
+# Each setting is also a flag, and is saved in every checkpoint. The same holds for one that you
+# add: a number or a string.
 RECIPE = dict(
     seed=0,                      # of weights, places in the text, and what is forgotten
     epochs=10,                   # with more, the validation loss rises again

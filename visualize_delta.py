@@ -393,8 +393,8 @@ def load_digits(args, device):
     reads_patches = recipe["task"] == "classify" and 1 < recipe["patch"] < 14
     known = "data" in checkpoints[0] and recipe["dataset"] in ("mnist", "fashion")
     if not (known and reads_patches):
-        raise ValueError("only classifiers that read MNIST or FashionMNIST by patches can be looked "
-                         "at: name others by --checkpoint")
+        raise ValueError("only classifiers that read MNIST or FashionMNIST by patches can be "
+                         "looked at: name others by --checkpoint")
     name = checkpoints[0]["data"]["name"]
     source = "synthetic" if name.startswith("synthetic") else "real"
     data = train_mnist.load_data(recipe["dataset"], source, args.data_dir, 0)
@@ -942,8 +942,8 @@ def look_at_needles(name, models, device):
     marks = (distance >= 0) & (distance < NEAR)
     labels = {place: "marker", length - 1: "marker"}
     draw_gates(f"{name}_gates", gate_panels(shown, tokens), marks, labels=labels,
-               title=f"one haystack of {length} tokens, seed {seed}; triangles: the needle, and the "
-                     f"three tokens that see it")
+               title=f"one haystack of {length} tokens, seed {seed}; triangles: the needle, and "
+                     f"the three tokens that see it")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1066,7 +1066,8 @@ def parse(arguments):
     add("--seeds", type=whole, nargs="+", default=[0], help="of needle and copying; default 0")
     add("--steps", type=between(int, 1),
         help=f"of needle, default {NEEDLE_STEPS}; of copying, default {COPYING_STEPS}")
-    add("--length", type=between(int, COPIED + 1), help="of copying; default 256; the paper's: 4096")
+    add("--length", type=between(int, COPIED + 1),
+        help="of copying; default 256; the paper's: 4096")
     add("--quick", action="store_true", help="needle and copying: fewer steps and lengths")
     add("--resume", action="store_true",
         help="take the models of needle and copying that are in --out, and train the others")
