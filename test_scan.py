@@ -1762,6 +1762,7 @@ def test_every_row_and_seed_of_a_comparison_is_in_its_table():
         print("    " + "\n    ".join(printed.splitlines()[-6:]))
         in_table("t", rows, line)
         wrote("t", ".csv .png")
+        assert "differ by more than 2 % in size" in printed
         assert [row["model"] for row in rows] == 2 * list(ROWS["mnist"])
         assert all("fuse=concat" in row["recipe"] for row in rows)
         accuracies = torch.tensor([float(row["test_accuracy"]) for row in rows])
@@ -1969,6 +1970,14 @@ def test_without_network_the_fallback_is_announced_and_labelled():
             printed, (row,) = runs(f"{line} --epochs 1")
         assert "SYNTHETIC" in printed
         assert row["dataset"] == name
+
+
+def test_the_synthetic_digits_are_the_same_whatever_a_matplotlibrc_says():
+    """Catches: other digits under the same name, for those who prefer a dark background."""
+    whole = synthetic_digits(8, 8)
+    with train_mnist.matplotlib.rc_context({"figure.facecolor": "black", "text.color": "white"}):
+        dark = synthetic_digits(8, 8)
+    equal("eight digits", dark.train_images, whole.train_images)
 
 
 # --------------------------------------------------------------------------------------------------
