@@ -22,7 +22,8 @@ on more than the token itself.
 
 A block can stop and go on. `State` is all it remembers of a sequence, however long: a window of the
 convolution's last three inputs, and the state h of the scan. As with PyTorch's LSTM, whatever has a
-state returns two things: `y, state = layer(x, state)`; without a state it begins anew.
+state returns two things: `y, state = layer(x, state)`; without a state it begins anew. With a state
+x may be a sequence, (b, l, …), or one token, (b, …), which takes the recurrence once.
 
 `MambaLM` stacks blocks between an embedding and a head that is the embedding again, and its states
 are one State per block. It has no positions: the recurrence itself knows the order of the tokens.
@@ -109,22 +110,24 @@ class ConvS6(nn.Module):
         self.s6 = S6(d, n, **s6)
 
     def forward(self, a, state=None, mask=None, *, method="auto"):
-        """a (b, l, d) -> y (b, l, d), and the State after the last token.
+        """a (b, l, d) -> y (b, l, d), and the State after the last token; or (b, d) -> (b, d).
 
         state   the State to go on from, or None
         mask    (b, l) or None: 0 for padding, wherever it stands. The state passes over padding as
                 if it were not there, and y is 0 there
         Raises ValueError for another width, another mask, and as `selective_scan` does.
         """
-        check_sequence(self, a, self.conv1d.in_channels, mask)
-        b, l, d = a.shape
         conv1d, w = self.conv1d, self.conv1d.kernel_size[0]
+        check_sequence(self, a, conv1d.in_channels, mask, state)
+        b, d = len(a), conv1d.in_channels
         if state is None:
             state = State(a.new_zeros(b, w - 1, d), None)
         window, h0 = state
         if window.shape != (b, w - 1, d):
             raise ValueError(f"ConvS6: the window of the state must have shape {(b, w - 1, d)}, "
                              f"got {tuple(window.shape)}")
+        if a.ndim == 2:
+            return self._one_token(a, state)
         if mask is not None:
             # The convolution would see padding between two words. So padding moves behind the last
             # real token, where no real token sees it, and in the end y moves back.
@@ -140,7 +143,7 @@ class ConvS6(nn.Module):
         # The next window: the last w-1 real tokens. In `seen` the `count` real tokens of a follow
         # w-1 older ones, and padding is behind them: so the window begins at `count`.
         if mask is None:
-            count = a.new_full((b, 1), l, dtype=torch.int64)
+            count = a.new_full((b, 1), a.shape[1], dtype=torch.int64)
         else:
             count = (mask != 0).sum(1, keepdim=True)                           # (b, 1)
         last = count + torch.arange(w - 1, device=a.device)                    # (b, w-1)
@@ -149,13 +152,12 @@ class ConvS6(nn.Module):
             y = _take(y, torch.argsort(order, dim=1)).masked_fill(padding, 0)
         return y, State(window, h)
 
-    def step(self, a, state):
-        """The same for one token: a (b, d) and a State -> y (b, d), State."""
+    def _one_token(self, a, state):
         # One token of `causal_conv`. (Calling conv2d for one token is seven times as slow.)
         window = torch.cat([state.window, a.unsqueeze(1)], 1)                  # (b, w, d)
         kernel = self.conv1d.weight.squeeze(1).t()                             # (w, d)
         x = F.silu((window * kernel).sum(1) + self.conv1d.bias)                # (b, d)
-        y, h = self.s6.step(x, state.h)
+        y, h = self.s6(x, state.h)
         return y, State(window[:, 1:], h)
 
 
@@ -179,16 +181,10 @@ class Mamba(nn.Module):
 
     def forward(self, x, state=None, mask=None, *, method="auto"):
         """State, mask and errors as for ConvS6."""
-        check_sequence(self, x, self.d_model)
+        check_sequence(self, x, self.d_model, mask, state)
         a, z = self.in_proj(x).chunk(2, dim=-1)                                # (b, l, d) each
         y, state = self.path(a, state, mask, method=method)
         return self.out_proj(y * F.silu(z)), state                             # (b, l, d_model)
-
-    def step(self, x, state):
-        """The same for one token: x (b, d_model) and a State -> y, the same shape, State."""
-        a, z = self.in_proj(x).chunk(2, dim=-1)                                # (b, d) each
-        y, state = self.path.step(a, state)
-        return self.out_proj(y * F.silu(z)), state
 
 
 class MambaBlock(nn.Module):
@@ -204,16 +200,11 @@ class MambaBlock(nn.Module):
 
         return_state    has no effect; the S4Block of rnn.py needs it, and PixelLM calls both alike
         """
-        check_sequence(self, x, self.mixer.d_model, mask)
+        check_sequence(self, x, self.mixer.d_model, mask, state)
         real = x
         if mask is not None:             # a NaN in the padding would reach the gradients
             real = x.masked_fill((mask == 0).unsqueeze(-1), 0)
         y, state = self.mixer(self.norm(real), state, mask, method=method)
-        return x + y, state
-
-    def step(self, x, state):
-        """The same for one token: x (b, d_model) and a State -> the same shape, State."""
-        y, state = self.mixer.step(self.norm(x), state)
         return x + y, state
 
 
@@ -223,8 +214,8 @@ class MambaBlock(nn.Module):
 class MambaLM(nn.Module):
     """Tokens (b, l) of int64 -> logits (b, l, vocabulary) for the token that comes next.
 
-    A prompt goes through in one call of the model. It returns states, and from these `step` goes
-    on, one token at a time, each at the same cost however long the text has become.
+    A prompt goes through in one call of the model, which returns states. From these it goes on, one
+    token at a time, each at the same cost however long the text has become.
 
     settings    of the blocks: n, expand, d_conv, dt_rank, discretization, selection
     """
@@ -242,11 +233,13 @@ class MambaLM(nn.Module):
     def forward(self, tokens, states=None, mask=None, *, method="auto"):
         """tokens (b, l) -> logits (b, l, vocabulary), and a list of one State per layer.
 
+        With states tokens may also be one of each text, (b,): -> logits (b, vocabulary), states.
+
         states   what an earlier call returned, to go on from; None at the beginning of a text
         mask     (b, l) or None: 0 for padding, where the logits mean nothing
         Raises ValueError for tokens of another shape, and states of another model or batch.
         """
-        if tokens.ndim != 2:
+        if tokens.ndim != 2 and not (tokens.ndim == 1 and states is not None):
             raise ValueError(f"MambaLM: tokens must have shape (b, l), got {tuple(tokens.shape)}")
         if states is not None and len(states) != len(self.layers):
             raise ValueError(f"MambaLM: there are {len(states)} states for {len(self.layers)} "
@@ -266,18 +259,6 @@ class MambaLM(nn.Module):
             h = torch.zeros_like(s6.A_log.detach()).expand(b, -1, -1).clone()
             states.append(State(window, h))
         return states
-
-    def step(self, tokens, states):
-        """One token of each text: (b,), and the states so far -> logits (b, vocabulary), states.
-
-        Adapters, hooks and other modules in the place of a map or a norm act here as in `forward`.
-        A hook at a whole layer, its mixer, path or s6 does not: this calls their `step`.
-        """
-        x, new = self.embedding(tokens), []                                    # (b, d_model)
-        for layer, state in zip(self.layers, states, strict=True):
-            x, state = layer.step(x, state)
-            new.append(state)
-        return F.linear(self.norm_f(x), self.embedding.weight), new
 
 
 # The weights of an official model: of a layer (layers.0.norm.weight, …), and of all around them.
@@ -387,7 +368,7 @@ def generate(model, prompt, count, *, temperature=1.0, top_k=None, seed=0):
         token = sample(logits, temperature, top_k, generator)                  # (1,)
         yield token.item()
         if i + 1 < count:
-            logits, states = model.step(token, states)                         # (1, vocabulary)
+            logits, states = model(token, states)                              # (1, vocabulary)
 
 
 def _check_generate(model, prompt, count, temperature, top_k):

@@ -168,10 +168,14 @@ class S6(nn.Module):
     def forward(self, x, h0=None, mask=None, *, method="auto"):
         """x (b, l, d), h0 (b, d, n) or None -> y (b, l, d) and the last state (b, d, n).
 
-        mask (b, l) or None: where it is 0 the token is padding, and leaves the state as it was.
+        With a state x may also be one token, (b, d): -> y (b, d) and the next state.
+
+        mask    (b, l) or None: where it is 0 the token is padding, and leaves the state as it was
         Raises ValueError for another width, another mask, and as `selective_scan` does.
         """
-        check_sequence(self, x, len(self.D), mask)
+        check_sequence(self, x, len(self.D), mask, h0)
+        if x.ndim == 2:
+            return self._one_token(x, h0)
         if mask is not None:
             padding = (mask == 0).unsqueeze(-1)
             x = x.masked_fill(padding, 0)          # padding may hold anything, even NaN
@@ -182,7 +186,7 @@ class S6(nn.Module):
                               discretization=self.discretization, return_state=True)
 
     def select(self, x):
-        """x (b, l, d) -> Δ (b, l, d), A (d, n), B and C (b, l, n): all that a scan of x needs."""
+        """x (…, d) -> Δ (…, d), A (d, n), B and C (…, n): all that a scan of x needs."""
         if self.selection == "none":
             x = torch.ones_like(x)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)
@@ -193,8 +197,8 @@ class S6(nn.Module):
         delta = F.softplus(full(self.dt_proj(dt)))
         return delta, -torch.exp(full(self.A_log)), B, C
 
-    def step(self, x, h):
-        """The same for one token: x (b, d), h (b, d, n) -> y (b, d), and the next h."""
+    def _one_token(self, x, h):
+        """The recurrence once: x (b, d), h (b, d, n) -> y (b, d), and the next h."""
         delta, A, B, C = self.select(x)                              # B, C: (b, n)
         delta_A = delta.unsqueeze(-1) * A                            # (b, d, n)
         if self.discretization == "zoh":
@@ -609,14 +613,18 @@ def choose(name, value, allowed):
     return value
 
 
-def check_sequence(layer, x, d, mask=None):
-    """Raise a ValueError unless x is (b, l, d), and mask, if there is one, (b, l)."""
-    name = type(layer).__name__
-    if x.ndim != 3 or x.shape[2] != d:
-        raise ValueError(f"{name}: x must have shape (b, l, {d}), got {tuple(x.shape)}")
+def check_sequence(layer, x, d, mask=None, state=None):
+    """Raise a ValueError unless x is (b, l, d), and mask, if there is one, (b, l).
+
+    With a state x may also be one token, (b, d).
+    """
+    fits = x.ndim == 3 or (x.ndim == 2 and state is not None)
+    if not fits or x.shape[-1] != d:
+        raise ValueError(f"{type(layer).__name__}: x must have shape (b, l, {d}), "
+                         f"got {tuple(x.shape)}")
     if mask is not None and mask.shape != x.shape[:2]:
-        raise ValueError(f"{name}: mask must have shape (b, l) = {tuple(x.shape[:2])}, "
-                         f"got {tuple(mask.shape)}")
+        raise ValueError(f"{type(layer).__name__}: mask must have shape (b, l) = "
+                         f"{tuple(x.shape[:2])}, got {tuple(mask.shape)}")
 
 
 def _check(x, delta, A, B, C, D, h0, method, discretization):

@@ -631,21 +631,21 @@ def language_model(**settings):
     return model, torch.randint(0, 13, (2, 12))
 
 
-def test_a_prompt_of_any_length_and_then_step_by_step_is_the_whole_text():
+def test_a_prompt_of_any_length_and_then_token_by_token_is_the_whole_text():
     """Catches: a prompt shorter than the convolution's window, states given to the wrong layer; a
-    term lost where `step` has the equations once more, for a single token."""
-    def one_by_one(model, token, states):
+    term lost where S6 has the equations once more, for a single token."""
+    def short_sequences(model, token, states):
         return model(token.unsqueeze(1), states)
 
-    def by_step(model, token, states):
-        logits, states = model.step(token, states)
+    def tokens_alone(model, token, states):
+        logits, states = model(token, states)
         return logits.unsqueeze(1), states
 
     for how in ({}, {"discretization": "zoh"}, {"selection": "BC"}, {"selection": "none"}):
         model, tokens = language_model(**how)
         with torch.no_grad():
             whole, last = model(tokens)
-            for prompt, way in itertools.product(range(1, 10), (one_by_one, by_step)):
+            for prompt, way in itertools.product(range(1, 10), (short_sequences, tokens_alone)):
                 logits, states = model(tokens[:, :prompt])
                 parts = [logits]
                 for t in range(prompt, 12):
@@ -674,6 +674,7 @@ def test_states_masks_and_names_that_do_not_fit_are_refused_or_harmless():
     assert all(gradient.isfinite().all() for gradient in gradients)
 
     raises(["tokens", "(b, l)", "(12,)"], lambda: model(tokens[0]))
+    raises(["MambaBlock", "(b, l, 16)", "(3, 16)"], lambda: layer(x[0]))
     raises(["4 layers", "3 states"], lambda: model(tokens, states[:3]))
     raises(["window", "(1, 3, 32)", "(2, 3, 32)"], lambda: model(tokens[:1], states))
     raises(["window", "(2, 2, 32)"], lambda: MambaLM(13, 16, 4, n=4, d_conv=3)(tokens, states))
@@ -690,7 +691,7 @@ def test_states_masks_and_names_that_do_not_fit_are_refused_or_harmless():
 
 
 def test_generation_obeys_adapters_hooks_and_other_norms():
-    """Catches: a step that reads a module's weights in place of calling it: whoever fine-tunes with
+    """Catches: one token that reads a module's weights in place of calling it: whoever fine-tunes with
     a low-rank adapter would train one model and generate with another, in silence."""
     class Adapter(torch.nn.Module):      # LoRA: y = W x + V U x
         def __init__(self, linear):
@@ -710,16 +711,19 @@ def test_generation_obeys_adapters_hooks_and_other_norms():
     for name in ("x_proj", "dt_proj"):
         changes[f"a hook at {name}"] = lambda layer, name=name: getattr(
             layer.mixer.path.s6, name).register_forward_hook(lambda module, x, y: 1.5 * y)
+    for name in ("", "mixer", "mixer.path", "mixer.path.s6"):
+        changes[f"a hook at layer {name}"] = lambda layer, name=name: layer.get_submodule(
+            name).register_forward_hook(lambda module, x, y: (1.5 * y[0], y[1]))
     for what, change in changes.items():
         with torch.no_grad():
-            before, states = model(tokens[:, :11])
-            before, _ = model.step(tokens[:, 11], states)
+            _, states = model(tokens[:, :11])
+            before, _ = model(tokens[:, 11], states)
             change(model.layers[1])
             model.double()
             whole, _ = model(tokens)
             _, states = model(tokens[:, :11])
-            logits, _ = model.step(tokens[:, 11], states)
-        allow(f"with {what}: the step against the whole", error(logits, whole[:, 11]), 1e-13)
+            logits, _ = model(tokens[:, 11], states)
+        allow(f"with {what}: one token against the whole", error(logits, whole[:, 11]), 1e-13)
         assert error(logits, before) > 1e-4
 
 
