@@ -119,7 +119,7 @@ class ConvS6(nn.Module):
         """
         conv1d, w = self.conv1d, self.conv1d.kernel_size[0]
         check_sequence(self, a, conv1d.in_channels, mask, state)
-        b, d = len(a), conv1d.in_channels
+        b, d = a.shape[0], a.shape[-1]
         if state is None:
             state = State(a.new_zeros(b, w - 1, d), None)
         window, h0 = state

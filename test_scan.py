@@ -1976,14 +1976,6 @@ def test_without_network_the_fallback_is_announced_and_labelled():
         assert row["dataset"] == name
 
 
-def test_the_synthetic_digits_are_the_same_whatever_a_matplotlibrc_says():
-    """Catches: other digits under the same name, for those who prefer a dark background."""
-    whole = synthetic_digits(8, 8)
-    with train_mnist.matplotlib.rc_context({"figure.facecolor": "black", "text.color": "white"}):
-        dark = synthetic_digits(8, 8)
-    equal("eight digits", dark.train_images, whole.train_images)
-
-
 # --------------------------------------------------------------------------------------------------
 # visualize_delta.py: looking at Δ. A picture of what a model does must not change what it does, and
 # every number below it must be the one that its name says.

@@ -52,9 +52,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
@@ -709,16 +708,6 @@ def read_image(path, size=None, mode="RGB"):
         raise ValueError(f"cannot read {path} ({first_line(error)})") from error
 
 
-def draw_glyph(font, digit):
-    """A digit in the font of that file, white on black: (28, 28), 0 … 1."""
-    figure = Figure(figsize=(0.28, 0.28), dpi=100)                 # 28×28 pixels
-    figure.text(0.5, 0.5, str(digit), font=font, fontsize=19, ha="center", va="center_baseline")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = torch.tensor(memoryview(canvas.buffer_rgba()).tolist())           # (28, 28, rgba)
-    return 1 - pixels[..., 0] / 255
-
-
 def synthetic_digits(train=20000, test=4000):
     """Digits in the fonts that come with matplotlib, under random warps and noise: -> Data.
 
@@ -730,14 +719,15 @@ def synthetic_digits(train=20000, test=4000):
     for family in ("DejaVu", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "cmb10"):
         for path in sorted(folder.glob(family + "*.ttf")):
             if "Display" not in path.name:
-                fonts.append(path)
+                fonts.append(ImageFont.truetype(str(path), size=26))
 
     glyphs = torch.zeros(len(fonts), 10, 28, 28)                   # white on black, 0 … 1
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()          # the same digits, whatever a matplotlibrc says
-        for i, font in enumerate(fonts):
-            for digit in range(10):
-                glyphs[i, digit] = draw_glyph(font, digit)
+    for i, font in enumerate(fonts):
+        for digit in range(10):
+            image = Image.new("L", (28, 28))
+            pen = ImageDraw.Draw(image)
+            pen.text((14, 14), str(digit), fill=255, font=font, anchor="mm")
+            glyphs[i, digit] = pil_to_tensor(image) / 255
 
     generator, tensors = torch.Generator().manual_seed(0), []
     for count in (train, test):
