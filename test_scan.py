@@ -2198,7 +2198,7 @@ def test_the_kinds_of_characters_are_those_that_a_reader_sees():
 
 LOOK = "visualize_delta.py --task"
 LOOKS = [  # a task with flags; the name of the files that it must write, and how they end
-    ("digits", "delta_synthetic_digits", ".csv _ink.png _digit.png _gates.png"),
+    ("digits", "delta_synthetic_digits", ".csv _digit.png _gates.png"),
     ("digits --digit 3 --index 1 --name d", "d", ".csv _gates_3_1.png"),
     ("text", "delta_text_synthetic_pydoc_quick", ".csv .png"),
     ("needle --quick", "needle_quick", ".csv _delta.csv _lengths.png _gates.png"),
@@ -2247,6 +2247,7 @@ def test_the_commands_that_look_at_delta_write_what_they_promise():
 
         for line, *words in (
             ("needle --models rnn --steps 9 --name long --resume", "long-rnn", "9"),
+            ("copying --quick --length 48 --name copying_quick --resume", "selective", "48"),
             (f"digits --checkpoint {s4}", "no Δ"),
             (f"digits --checkpoint {path} {s4}", "the seed"),
             ("digits --index 199", "27 test images of a 7", "--index"),

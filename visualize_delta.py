@@ -51,8 +51,6 @@ from s6 import S6, check_folders, write, write_rows
 from train_mnist import (between, choose_device, describe, first_line, read_checkpoint, seed_for,
                          whole)
 
-LOOKS = {"trained": "#d62728", "untrained": "#7f7f7f"}     # a model and its control: colours
-
 
 # --------------------------------------------------------------------------------------------------
 # Reading Δ: by hooks, which are removed afterwards.
@@ -205,18 +203,21 @@ def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1
     """
     rows = list(dict.fromkeys(row for row, _ in panels))
     columns = list(dict.fromkeys(column for _, column in panels))
-    above = [] if strip is None else ["strip"]
-    heights = [0.2] * len(above) + [1] * len(rows)
+    heights = [1] * len(rows)
+    if strip is not None:
+        heights = [0.2] + heights
     width = size[0] * len(columns) + 1
     height = size[1] * sum(heights) + 0.7
     figure, axes = new_figure(len(heights), len(columns), (width, height), height_ratios=heights,
                               sharex=True)
-    for ax in axes[0] if above else ():
-        ax.imshow(strip, cmap="gray_r", aspect="auto", extent=(0, len(marks), 0, 1))
-        ax.set_yticks([])
+    panel_axes = axes[-len(rows):]
+    if strip is not None:
+        for ax in axes[0]:
+            ax.imshow(strip, cmap="gray_r", aspect="auto", extent=(0, len(marks), 0, 1))
+            ax.set_yticks([])
     places = marks.nonzero().flatten() + 0.5
     for (row, column), values in panels.items():
-        ax = axes[len(above) + rows.index(row), columns.index(column)]
+        ax = panel_axes[rows.index(row), columns.index(column)]
         change = values[marks].mean(0) - values[~marks].mean(0)                # (d,)
         shown = values[:, change.argsort(descending=True)].t()                 # (d, l)
         picture = ax.imshow(shown, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto",
@@ -352,34 +353,6 @@ def draw_digit(name, pixels, gates, title):
     save_figure(name, figure, title)
 
 
-def draw_ink(name, rows, title):
-    """A column per scan: rank correlation of Δ with the ink, over tokens back, a line per seed.
-
-    What to see: whether red lines leave the grey ones, which show what chance does; and whether
-    solid and dotted lines agree. If not, a few channels with a large Δ open where many shut.
-    """
-    scans = list(dict.fromkeys(row["scan"] for row in rows))
-    figure, axes = new_figure(1, len(scans), (2.7 * len(scans) + 1.6, 3.2), sharey=True)
-    lines = {}                           # points of each line, by model, seed, scan and average
-    for row in rows:
-        for average in ("geometric", "plain"):
-            key = row["model"], row["seed"], row["scan"], average
-            lines.setdefault(key, []).append(float(row[f"rho_{average}"]))
-    for (model, _, scan, average), points in lines.items():
-        axes[0, scans.index(scan)].plot(
-            BACK, points, "-" if average == "geometric" else ":", color=LOOKS[model],
-            linewidth=1, label=f"{model}, {average} mean")
-    for ax, scan in zip(axes[0], scans):
-        ax.set_title(scan, fontsize=9)
-        ax.set_xlabel("tokens back")
-        ax.axhline(0, color="black", linewidth=0.8)
-        ax.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("rank correlation of Δ with ink")
-    once = {label: line for line, label in zip(*axes[0, 0].get_legend_handles_labels())}
-    figure.legend(once.values(), once, loc="outside right", frameon=False, fontsize=8)
-    save_figure(name, figure, title)
-
-
 def load_digits(args, device):
     """The models to look at, and the images that they were trained on.
 
@@ -432,7 +405,6 @@ def look_at_digits(args, device):
     save_rows(name, rows, stem=recipe["stem"], digits=len(images), dataset=data.name,
               device=describe(device), torch=torch.__version__)
     where = f"{data.name}, stem {recipe['stem']}"
-    draw_ink(f"{name}_ink", rows, f"{where}: {len(images):,} test digits, place removed")
 
     # One digit, by the models of the first seed.
     seed, pair = next(iter(pairs.items()))
@@ -644,11 +616,11 @@ def show_step(name, seed, step, steps, length, loss):
               flush=True)
 
 
-def taught(args, task, names, teach, device, steps):
+def taught(args, task, names, device, teach, **settings):
     """Every model with every seed, taught now, or before with --resume.
 
     task    how the files are called
-    teach   (model, name, seed, device, steps) -> the greatest length that it came to
+    teach   (model, name, seed, device, **settings) -> the greatest length that it came to
     Yields name, seed, model, facts; the facts stand in every row about this model.
     """
     for seed, name in itertools.product(args.seeds, names):
@@ -658,8 +630,8 @@ def taught(args, task, names, teach, device, steps):
         if args.resume and os.path.exists(path):
             checkpoint = read_checkpoint(path)
             facts = checkpoint.get("facts", {})
-            if facts.get("steps") != steps:
-                raise ValueError(f"{path} was not trained here for {steps} steps: leave out "
+            if {key: facts.get(key) for key in settings} != settings:
+                raise ValueError(f"{path} was not trained here with {settings}: leave out "
                                  f"--resume, or use another --name")
             try:
                 model.load_state_dict(checkpoint["weights"])
@@ -667,12 +639,12 @@ def taught(args, task, names, teach, device, steps):
                 raise ValueError(f"{path} is by another version of this code: leave out "
                                  f"--resume") from error
         else:
-            length = teach(model, name, seed, device, steps)
+            reached = teach(model, name, seed, device, **settings)
             seconds = time.perf_counter() - start
             facts = {
                 "params": sum(p.numel() for p in model.parameters()),
-                "steps": steps,
-                "taught_up_to": length,
+                **settings,
+                "taught_up_to": reached,
                 "training_seconds": f"{seconds:.0f}",
                 "device": describe(device),
                 "torch": str(torch.__version__),
@@ -880,7 +852,7 @@ def draw_lengths(name, rows):
     ax.axvspan(2 ** SHORTEST, TAUGHT[-1], color="0.9", zorder=0)
     ax.text(2 ** SHORTEST * 1.1, 50, "lengths of\nthe training", color="0.4", fontsize=9)
     ax.axhline(100 / SYMBOLS, color="black", linestyle=":", linewidth=1)
-    ax.text(2 ** LONGEST, 100 / SYMBOLS + 1, "guessing", fontsize=9, ha="right")
+    ax.text(2 ** SHORTEST, 100 / SYMBOLS + 1, "guessing", fontsize=9)
     ax.set(xlabel="length of the haystack (tokens)", ylabel="needles found (%)", ylim=(-3, 108))
     ticks = [2 ** power for power in range(SHORTEST, LONGEST + 1, 2)]
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
@@ -900,7 +872,8 @@ def look_for_needles(args, device):
     rows, models = [], {}
     for seed in args.seeds:              # the control
         models["untrained", seed] = build_learner("selective", seed).to(device)
-    for model_name, seed, model, facts in taught(args, name, names, teach_needle, device, steps):
+    for model_name, seed, model, facts in taught(
+            args, name, names, device, teach_needle, steps=steps):
         rows += ask_at_all_lengths(model, model_name, seed, device, facts, longest)
         models[model_name, seed] = model
     save_rows(name, rows)
@@ -1008,12 +981,10 @@ def look_at_copying(args, device):
     print(f"copying: {COPIED} symbols among {length} tokens, {steps} steps, seeds {args.seeds}; "
           f"loss of a blind guess ln {SYMBOLS} = {math.log(SYMBOLS):.4f}", flush=True)
 
-    def teach(*model_and_steps):
-        return teach_copying(*model_and_steps, length)
-
     rows, gates = [], []
     shown = {"untrained": build_learner("selective", args.seeds[0]).to(device)}
-    for model_name, seed, model, facts in taught(args, name, names, teach, device, steps):
+    for model_name, seed, model, facts in taught(
+            args, name, names, device, teach_copying, steps=steps, length=length):
         right = copied(model, length, seed, device).float()
         accuracy, entire = 100 * right.mean().item(), 100 * right.amin(1).mean().item()
         rows.append({
