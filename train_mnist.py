@@ -268,12 +268,16 @@ def train(recipe, data, device, path, resume):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
     # The rule: whatever lives from one step to the next must be in the checkpoint, or a resumed
-    # training ends in other weights. These are the modules, and the log, which counts the steps.
+    # training ends in other weights. These are the modules, and of the past the log, which counts
+    # the steps, and the scores.
     modules = {"model": model, "average": average, "optimizer": optimizer}
     facts = {"recipe": recipe, "data": facts_of(data)}
-    log, scores = resume_from(path, facts, modules) if resume else ([], [])
+    past = {"log": [], "scores": []}
+    if resume:
+        past = resume_from(path, facts, past, modules, RECIPES[recipe["recipe"]])
+    log, scores = past["log"], past["scores"]
     # The first save comes at once: so a folder that cannot be written is noticed now.
-    save_checkpoint(path, facts, modules, log, scores, keep_old=not resume)
+    save_checkpoint(path, facts, past, modules, keep_old=not resume)
     print_opening(recipe, data, model, task, device)
     print(f"checkpoint {path}, step {len(log)} of {steps}", flush=True)
     # cache_enabled=False: a recorded graph must not read casts of weights from an earlier step.
@@ -338,7 +342,7 @@ def train(recipe, data, device, path, resume):
             print(f"  epoch {len(scores)}{progress(log, steps, steps_per_epoch)}  test "
                   f"{nats:.4f} nats, {percent:.2f} % right", flush=True)
         if epoch_ends or (step + 1) % SAVE_EVERY == 0:
-            save_checkpoint(path, facts, modules, log, scores)
+            save_checkpoint(path, facts, past, modules)
 
     if RANK == 0 and read_checkpoint(path)["log"] != log:
         raise ValueError(f"{path} is by another training now: give each a --name of its own")
@@ -373,8 +377,11 @@ def seed_for(seed, what, number=0):
 
 
 def learning_rate(recipe, step, steps):
-    """"cosine": a line from 0 to lr over the first tenth of the steps, then a cosine to 0."""
-    if recipe["schedule"] == "constant":
+    """"cosine": a line from 0 to lr over the first tenth of the steps, then a cosine to 0.
+
+    A recipe without a schedule, as that of train_shakespeare.py, takes it, too.
+    """
+    if recipe.get("schedule") == "constant":
         return recipe["lr"]
     part = (step + 1) / steps
     fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (part - 0.1) / 0.9)))
@@ -441,58 +448,38 @@ def describe(device):
 # --------------------------------------------------------------------------------------------------
 # Checkpoints.
 
-def save_checkpoint(path, facts, modules, log, scores, keep_old=False):
+def save_checkpoint(path, facts, past, modules, keep_old=False):
     """All that `train` needs to go on, and that others need to rebuild the model and use it."""
-    checkpoint = {**facts, "log": log, "scores": scores}
+    checkpoint = facts | past
     for name, module in modules.items():
         checkpoint[name] = module.state_dict()
     if RANK == 0:
         write(path, lambda file: torch.save(checkpoint, file), keep_old)
 
 
-def resume_from(path, facts, modules):
-    """Fill the modules from a checkpoint: -> log, scores.
+def resume_from(path, facts, past, modules, defaults):
+    """Fill the modules from a checkpoint: -> what it has of the entries of past.
 
-    Raises ValueError if the checkpoint has other settings, images or modules.
+    defaults    of the settings. One that is newer than the checkpoint is not in it: it had its
+                default value then
+    Raises ValueError if the checkpoint has other settings, data or modules.
     """
     checkpoint = read_checkpoint(path)
-    ours = dict(facts["recipe"])
-    # A setting that is newer than the checkpoint is not in it: it had its default value then.
-    theirs = RECIPES[ours["recipe"]] | checkpoint.get("recipe", {})
-    # The images must be the same, wherever they are.
+    ours, theirs = dict(facts["recipe"]), defaults | checkpoint.get("recipe", {})
+    # The data must be the same, wherever they are.
     ours["dataset"] = facts["data"]["fingerprint"]
     theirs["dataset"] = checkpoint.get("data", {}).get("fingerprint")
-    fill(modules, path, checkpoint, ours, theirs)
-    return checkpoint["log"], checkpoint["scores"]
-
-
-def fill(modules, path, checkpoint, ours, theirs):
-    """Fill modules from the checkpoint that was at path.
-
-    ours, theirs    settings: of this training, and of that of the checkpoint
-    Raises ValueError if they differ, or the checkpoint has other modules.
-    """
     for setting, value in ours.items():
         if theirs.get(setting) != value:
             raise ValueError(f"{path} was made with {setting} {theirs.get(setting)}, not {value}. "
                              f"Use that, or start without --resume")
-    problem = f"{path} has another model or optimizer: start without --resume"
     try:
-        # PyTorch itself loads the state of one optimizer into another kind, and fails later.
-        if settings_of(checkpoint["optimizer"]) != settings_of(modules["optimizer"].state_dict()):
-            raise ValueError(problem)
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(problem) from error
-
-
-def settings_of(optimizer):
-    """The settings in the state of an optimizer, but for the rate, which changes with each step."""
-    groups = []
-    for group in optimizer["param_groups"]:
-        groups.append({key: value for key, value in group.items() if key not in ("lr", "params")})
-    return groups
+        raise ValueError(f"{path} has another model or optimizer: start without "
+                         f"--resume") from error
+    return {key: checkpoint[key] for key in past}
 
 
 def read_checkpoint(path):
@@ -582,10 +569,6 @@ def load_data(dataset, source, data_dir, size):
     return synthetic_digits()
 
 
-# torchvision verifies what it downloads, but not the files of MNIST that it finds unpacked.
-MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"
-
-
 def load_torchvision(dataset, data_dir):
     """A data set of torchvision, downloaded if need be: -> Data."""
     socket.setdefaulttimeout(10)         # a download that stalls is given up
@@ -598,12 +581,6 @@ def load_torchvision(dataset, data_dir):
         else:                                                      # (N, h, w, c)
             images = images.permute(0, 3, 1, 2).contiguous()       # (N, c, h, w)
         tensors += [images, torch.as_tensor(part.targets)]
-    if dataset == "mnist":
-        digest = hashlib.md5(usedforsecurity=False)
-        for tensor in tensors:
-            digest.update(tensor.numpy())
-        if digest.hexdigest() != MNIST_MD5:
-            raise ValueError("these are not the published images")
     return as_data(dataset, *tensors, list(part.classes))
 
 
@@ -1064,7 +1041,7 @@ def predict(paths, checkpoint_path, invert):
     A checkpoint holds all that the model needs: recipe, class names, shape, mean and deviation.
     """
     checkpoint = read_checkpoint(checkpoint_path)
-    if "data" not in checkpoint or checkpoint["recipe"]["task"] != "classify":
+    if "data" not in checkpoint or checkpoint["recipe"].get("task") != "classify":
         raise ValueError(f"{checkpoint_path} holds no model that tells classes apart")
     recipe = RECIPES.get(checkpoint["recipe"]["recipe"], {}) | checkpoint["recipe"]
     facts = checkpoint["data"]
@@ -1156,19 +1133,22 @@ def run(args, recipe):
         dist.destroy_process_group()
 
 
-def main():
-    """The command. A mistake is answered in one line."""
+def run_script(script, run):
+    """Run what a script is asked for, and answer a mistake in one line. Scripts that import this
+    one use it, too."""
     if hasattr(sys.stdout, "reconfigure"):       # a terminal or a log may not know all letters
         sys.stdout.reconfigure(errors="replace")
-    args, recipe = parse(sys.argv[1:])
     try:
-        run(args, recipe)
+        run()
     except (KeyboardInterrupt, BrokenPipeError):       # the latter: `| head` has seen enough
-        hint = "" if args.predict else "; go on with --resume"
-        print(f"\ntrain_mnist.py: stopped{hint}", file=sys.stderr)
+        print(f"\n{script}: stopped; what was trained goes on with --resume", file=sys.stderr)
         os._exit(130)                    # at once: PyTorch's clean-up takes most of a second
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        sys.exit(f"train_mnist.py: {first_line(error)}")
+        sys.exit(f"{script}: {first_line(error)}")
+
+
+def main():
+    run_script("train_mnist.py", lambda: run(*parse(sys.argv[1:])))
 
 
 if __name__ == "__main__":

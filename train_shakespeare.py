@@ -46,8 +46,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from block import MambaLM, State, generate, graphed, parameter_groups
 from s6 import check_folders, write, write_rows
-from train_mnist import (KINDS, PROCESSES, RANK, choose_device, describe, fill, first_line,
-                         progress, read_checkpoint, seed_for, whole)
+from train_mnist import (KINDS, PROCESSES, RANK, choose_device, describe, first_line, learning_rate,
+                         progress, read_checkpoint, resume_from, run_script, save_checkpoint,
+                         seed_for, whole)
 
 # Each setting is also a flag, and is saved in every checkpoint. The same holds for one that you
 # add: a number or a string.
@@ -100,15 +101,18 @@ def train(recipe, text, device, path, resume):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
     # The rule: whatever lives from one step to the next must be in the checkpoint, or a resumed
-    # training ends in other weights. These are the modules; the log, which counts the steps; and
-    # the states, which are what the rows remember.
+    # training ends in other weights. These are the modules, and of the past the log, which counts
+    # the steps; the scores; and the states, which are what the rows remember.
     modules = {"model": model, "average": average, "optimizer": optimizer}
-    facts = facts_of(text) | {"recipe": recipe}
-    log, scores, states = [], [], None
+    facts = {"recipe": recipe, "data": facts_of(text)}
+    past = {"log": [], "scores": [], "states": None}
     if resume:
-        log, scores, states = resume_from(path, facts, modules, device)
+        past = resume_from(path, facts, past, modules, RECIPE)
+    log, scores, states = past["log"], past["scores"], past["states"]
+    if states and PROCESSES > 1:
+        raise ValueError(f"{path} was saved within an epoch: go on without torchrun")
     # The first save comes at once: so a folder that cannot be written is noticed now.
-    save_checkpoint(path, facts, modules, log, scores, states, keep_old=not resume)
+    save_checkpoint(path, facts, past, modules, keep_old=not resume)
     print_opening(recipe, text, model, device)
     print(f"checkpoint {path}, step {len(log)} of {steps}", flush=True)
     net = model
@@ -139,7 +143,7 @@ def train(recipe, text, device, path, resume):
         # epoch begins, at other places in the text, all rows begin anew.
         if states is None:
             states = model.empty_states(len(inputs))
-        states = [State(*(t.masked_fill(forget, 0) for t in state)) for state in states]
+        states = [State(*(t.to(device).masked_fill(forget, 0) for t in state)) for state in states]
         logits, states = net(inputs, states)                       # (b, block, vocabulary)
         logits, targets = logits.flatten(0, 1), targets.flatten()
         loss = F.cross_entropy(logits, targets)
@@ -181,7 +185,8 @@ def train(recipe, text, device, path, resume):
             print(f"  epoch {len(scores)}{progress(log, steps, steps_per_epoch)}")
             print_epoch(average, text, recipe, scores)
         if epoch_ends or ((step + 1) % SAVE_EVERY == 0 and PROCESSES == 1):
-            save_checkpoint(path, facts, modules, log, scores, states)
+            past["states"] = states and [list(state) for state in states]
+            save_checkpoint(path, facts, past, modules)
 
     if RANK == 0 and read_checkpoint(path)["log"] != log:
         raise ValueError(f"{path} is by another training now: give each a --name of its own")
@@ -211,13 +216,6 @@ def batch(recipe, text, step):
     index = (rows + i * block + torch.arange(block + 1)) % n       # (b, block+1)
     characters = text.train[index.to(text.train.device)]
     return characters[:, :-1], characters[:, 1:]
-
-
-def learning_rate(recipe, step, steps):
-    """A line from 0 to lr over the first tenth of the steps, then a cosine to 0."""
-    part = (step + 1) / steps
-    fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (part - 0.1) / 0.9)))
-    return recipe["lr"] * min(part / 0.1, fall)
 
 
 @torch.no_grad()
@@ -279,35 +277,7 @@ def print_epoch(model, text, recipe, scores):
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints.
-
-def save_checkpoint(path, facts, modules, log, scores, states, keep_old=False):
-    """All that `train` needs to go on, and that others need to rebuild the model and use it."""
-    checkpoint = {**facts, "log": log, "scores": scores}
-    checkpoint["states"] = states and [list(state) for state in states]
-    for name, module in modules.items():
-        checkpoint[name] = module.state_dict()
-    if RANK == 0:
-        write(path, lambda file: torch.save(checkpoint, file), keep_old)
-
-
-def resume_from(path, facts, modules, device):
-    """Fill the modules from a checkpoint: -> log, scores, states.
-
-    Raises ValueError if the checkpoint has other settings, another text or other modules.
-    """
-    checkpoint = read_checkpoint(path)
-    ours = facts["recipe"] | {"text": facts["text"]}
-    # A setting that is newer than the checkpoint is not in it: it had its default value then.
-    theirs = RECIPE | checkpoint.get("recipe", {}) | {"text": checkpoint.get("text")}
-    fill(modules, path, checkpoint, ours, theirs)
-    if PROCESSES > 1 and checkpoint["states"]:
-        raise ValueError(f"{path} was saved within an epoch: go on without torchrun")
-    states = checkpoint["states"]
-    if states:
-        states = [State(*(t.to(device) for t in state)) for state in states]
-    return checkpoint["log"], checkpoint["scores"], states
-
+# Checkpoints: saved and resumed by train_mnist.py.
 
 def load_model(path, device):
     """The averaged MambaLM of a checkpoint, and its vocabulary. Raises ValueError if it has none.
@@ -315,14 +285,15 @@ def load_model(path, device):
     The vocabulary belongs to the weights: token 5 is a letter only by its place in there.
     """
     checkpoint = read_checkpoint(path)
-    if "vocabulary" not in checkpoint:
+    vocabulary = checkpoint.get("data", {}).get("vocabulary")
+    if vocabulary is None:
         raise ValueError(f"{path} holds no language model")
-    model = build(RECIPE | checkpoint["recipe"], checkpoint["vocabulary"])
+    model = build(RECIPE | checkpoint["recipe"], vocabulary)
     try:
         model.load_state_dict(checkpoint["average"])
     except RuntimeError as error:
         raise ValueError(f"{path} is by another version of this code") from error
-    return model.to(device).eval(), checkpoint["vocabulary"]
+    return model.to(device).eval(), vocabulary
 
 
 # --------------------------------------------------------------------------------------------------
@@ -343,7 +314,7 @@ def facts_of(text):
         digest.update(tokens.cpu().numpy())
     sizes = f"{len(text.train):,} + {len(text.valid):,} characters"
     fingerprint = f"{sizes}, sha256 {digest.hexdigest()[:16]}"
-    return {"name": text.name, "vocabulary": text.vocabulary, "text": fingerprint}
+    return {"name": text.name, "vocabulary": text.vocabulary, "fingerprint": fingerprint}
 
 
 def encode(string, vocabulary):
@@ -669,18 +640,7 @@ def run(args, recipe):
 
 
 def main():
-    """The command. A mistake is answered in one line."""
-    if hasattr(sys.stdout, "reconfigure"):       # a terminal or a log may not know all letters
-        sys.stdout.reconfigure(errors="replace")
-    args, recipe = parse(sys.argv[1:])
-    try:
-        run(args, recipe)
-    except (KeyboardInterrupt, BrokenPipeError):       # the latter: `| head` has seen enough
-        hint = "" if args.generate is not None else "; go on with --resume"
-        print(f"\ntrain_shakespeare.py: stopped{hint}", file=sys.stderr)
-        os._exit(130)                    # at once: PyTorch's clean-up takes most of a second
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        sys.exit(f"train_shakespeare.py: {first_line(error)}")
+    run_script("train_shakespeare.py", lambda: run(*parse(sys.argv[1:])))
 
 
 if __name__ == "__main__":

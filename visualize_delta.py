@@ -48,8 +48,7 @@ import train_shakespeare
 from block import MambaLM, RMSNorm
 from rnn import RNN, S4Block
 from s6 import S6, check_folders, write, write_rows
-from train_mnist import (between, choose_device, describe, first_line, read_checkpoint, seed_for,
-                         whole)
+from train_mnist import between, choose_device, describe, read_checkpoint, run_script, seed_for, whole
 
 
 # --------------------------------------------------------------------------------------------------
@@ -362,9 +361,10 @@ def load_digits(args, device):
     names = ("mnist", "synthetic_digits", "mnist_quick", "synthetic_digits_quick")
     checkpoints = trained_models(args, [f"{name}-bidirectional" for name in names],
                                  "python train_mnist.py")
-    recipe = train_mnist.RECIPES["mnist"] | checkpoints[0]["recipe"]
+    settings = checkpoints[0].get("recipe", {})
+    recipe = train_mnist.RECIPES["mnist"] | settings
     reads_patches = recipe["task"] == "classify" and 1 < recipe["patch"] < 14
-    known = "data" in checkpoints[0] and recipe["dataset"] in ("mnist", "fashion")
+    known = "data" in checkpoints[0] and settings.get("dataset") in ("mnist", "fashion")
     if not (known and reads_patches):
         raise ValueError("only classifiers that read MNIST or FashionMNIST by patches can be "
                          "looked at: name others by --checkpoint")
@@ -484,13 +484,13 @@ def look_at_text(args, device):
     """Δ of every layer over the validation text: a figure, and results/delta_text.csv."""
     names = ("shakespeare", "synthetic_pydoc", "shakespeare_quick", "synthetic_pydoc_quick")
     checkpoints = trained_models(args, names, "python train_shakespeare.py")
-    text_name = checkpoints[0].get("name", "?")
+    text_name = checkpoints[0].get("data", {}).get("name", "?")
     if text_name.replace("-", "_") not in names:
         raise ValueError("only models of Shakespeare or of Python's help texts can be looked at: "
                          "name others by --checkpoint")
     source = "synthetic" if "pydoc" in text_name else "real"
     text = train_shakespeare.load_text(args.data_dir, source, None)
-    if any(checkpoint["vocabulary"] != text.vocabulary for checkpoint in checkpoints):
+    if any(checkpoint["data"]["vocabulary"] != text.vocabulary for checkpoint in checkpoints):
         raise ValueError(f"these models were trained on another version of {text.name}: train "
                          f"again, or name others by --checkpoint")
     string = "".join(text.vocabulary[token] for token in text.valid)
@@ -1055,26 +1055,19 @@ def parse(arguments):
     return args
 
 
-def main():
-    """The command. A mistake is answered in one line."""
-    if hasattr(sys.stdout, "reconfigure"):       # a terminal or a log may not know all letters
-        sys.stdout.reconfigure(errors="replace")
-    args = parse(sys.argv[1:])
+def run(args):
+    """The tasks, one after the other."""
     # The penalty makes Δ so small that numbers become denormal, and a CPU several times slower.
     # Threads inherit this when they start, so it comes before all work.
     torch.set_flush_denormal(True)
-    try:
-        check_folders("results", "figures")
-        device = choose_device(args.device)
-        for task in args.task:
-            TASKS[task](args, device)
-    except (KeyboardInterrupt, BrokenPipeError):
-        trains = {"needle", "copying"} & set(args.task)
-        hint = "; --resume takes the models that are finished" if trains else ""
-        print(f"\nvisualize_delta.py: stopped{hint}", file=sys.stderr)
-        os._exit(130)
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        sys.exit(f"visualize_delta.py: {first_line(error)}")
+    check_folders("results", "figures")
+    device = choose_device(args.device)
+    for task in args.task:
+        TASKS[task](args, device)
+
+
+def main():
+    run_script("visualize_delta.py", lambda: run(parse(sys.argv[1:])))
 
 
 if __name__ == "__main__":
