@@ -835,13 +835,14 @@ def print_table(rows):
     digits = 2 if column == "test_accuracy" else 4
     print(f"\n| model | parameters | {column.replace('_', ' ')} | change from the line above "
           f"| seconds |\n|---|---|---|---|---|")
-    above = []
+    above = None
     for model in dict.fromkeys(row["model"] for row in rows):
         runs = [row for row in rows if row["model"] == model]
         scores = [float(row[column]) for row in runs]
         seconds = mean_sd([float(row["seconds"]) for row in runs], 0)
-        change = [a - b for a, b in zip(scores, above)]            # empty in the first line
-        gained = mean_sd(change, digits) if change else ""
+        gained = ""
+        if above is not None:
+            gained = mean_sd([a - b for a, b in zip(scores, above)], digits)
         score, parameters = mean_sd(scores, digits), runs[0]["params"]
         print(f"| {model} | {parameters:,} | {score} | {gained} | {seconds} |")
         above = scores
