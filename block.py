@@ -153,7 +153,8 @@ class ConvS6(nn.Module):
         return y, State(window, h)
 
     def _one_token(self, a, state):
-        # One token of `causal_conv`. (Calling conv2d for one token is seven times as slow.)
+        """The convolution and the recurrence once: a (b, d) and a State -> y (b, d), State."""
+        # (Calling conv2d, as `causal_conv` does, is seven times as slow for one token.)
         window = torch.cat([state.window, a.unsqueeze(1)], 1)                  # (b, w, d)
         kernel = self.conv1d.weight.squeeze(1).t()                             # (w, d)
         x = F.silu((window * kernel).sum(1) + self.conv1d.bias)                # (b, d)
