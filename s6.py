@@ -88,7 +88,7 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
     "zoh" (equation 4 of the paper) is exact while x is held: B̄ = ((exp(ΔA) - 1)/A) B. "euler" is
     what Mamba computes, in training and in use: B̄ = ΔB. (The paper states ZOH alone.) The relative
     error of this B̄ is about |ΔA|/2 while |ΔA| is small; at A = -16, Δ = 0.1 it is too large by a
-    factor of 2. Trained models do not mind: results/README.md has digits and text by both.
+    factor of 2. Models that are trained either way end alike: see results/README.md.
     """
     h = x.new_zeros(x.shape[0], *A.shape) if h0 is None else h0                # (b, d, n)
     ys = []
