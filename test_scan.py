@@ -691,8 +691,8 @@ def test_states_masks_and_names_that_do_not_fit_are_refused_or_harmless():
 
 
 def test_generation_obeys_adapters_hooks_and_other_norms():
-    """Catches: one token that reads a module's weights in place of calling it: whoever fine-tunes with
-    a low-rank adapter would train one model and generate with another, in silence."""
+    """Catches: one token that reads a module's weights in place of calling it. Whoever fine-tunes
+    with a low-rank adapter would train one model and generate with another, in silence."""
     class Adapter(torch.nn.Module):      # LoRA: y = W x + V U x
         def __init__(self, linear):
             super().__init__()

@@ -140,7 +140,8 @@ def train(recipe, text, device, path, resume):
         inputs, targets, forget = share
 
         # Forward: from the states that the last step left, except where a row forgets. Where an
-        # epoch begins, at other places in the text, all rows begin anew.
+        # epoch begins, at other places in the text, all rows begin anew. (The states of a
+        # checkpoint come from the CPU.)
         if states is None:
             states = model.empty_states(len(inputs))
         states = [State(*(t.to(device).masked_fill(forget, 0) for t in state)) for state in states]

@@ -48,7 +48,8 @@ import train_shakespeare
 from block import MambaLM, RMSNorm
 from rnn import RNN, S4Block
 from s6 import S6, check_folders, write, write_rows
-from train_mnist import between, choose_device, describe, read_checkpoint, run_script, seed_for, whole
+from train_mnist import (between, choose_device, describe, read_checkpoint, run_script, seed_for,
+                         whole)
 
 
 # --------------------------------------------------------------------------------------------------
