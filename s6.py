@@ -199,6 +199,9 @@ class S6(nn.Module):
 
     def _one_token(self, x, h):
         """The recurrence once: x (b, d), h (b, d, n) -> y (b, d), and the next h."""
+        if h.shape != (*x.shape, self.n):
+            raise ValueError(f"S6: the state must have shape {(*x.shape, self.n)}, got "
+                             f"{tuple(h.shape)}")
         delta, A, B, C = self.select(x)                              # B, C: (b, n)
         delta_A = delta.unsqueeze(-1) * A                            # (b, d, n)
         if self.discretization == "zoh":

@@ -675,6 +675,8 @@ def test_states_masks_and_names_that_do_not_fit_are_refused_or_harmless():
 
     raises(["tokens", "(b, l)", "(12,)"], lambda: model(tokens[0]))
     raises(["MambaBlock", "(b, l, 16)", "(3, 16)"], lambda: layer(x[0]))
+    raises(["S6", "(2, 32, 4)", "(1, 32, 4)"], lambda: layer.mixer.path.s6(
+        torch.randn(2, 32).double(), states[0].h[:1]))
     raises(["4 layers", "3 states"], lambda: model(tokens, states[:3]))
     raises(["window", "(1, 3, 32)", "(2, 3, 32)"], lambda: model(tokens[:1], states))
     raises(["window", "(2, 2, 32)"], lambda: MambaLM(13, 16, 4, n=4, d_conv=3)(tokens, states))
