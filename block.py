@@ -37,7 +37,7 @@ copying and recall over long texts are worse than attention's (Jelassi et al. 20
 Me"; Arora et al. 2024, "Zoology"). Models that need both mix the two kinds of layers.
 
 Symbols: the glossary of s6.py; besides, d_model is the width of the residual stream, and d that
-inside the block. Left out: the fused kernel's trick of computing the gate in the scan.
+inside the block.
 Read before: s6.py. Read next: vision.py, the same block for images.
 Source: Gu & Dao 2023, section 3.4 and figure 3; initialisation as in the authors' code.
 """
@@ -54,7 +54,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from s6 import S6, check_folders, check_sequence, write_rows
+from s6 import S6, check_folders, check_sequence, kept_for_backward, write_rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,11 +313,16 @@ def official_state_dict(model, style="transformers"):
     """The way back: the weights of a MambaLM by their official names, lm_head.weight included.
 
     style    "transformers": for MambaForCausalLM; "mamba_ssm": for state-spaces/mamba (1.x)
-    All weights are copies. Raises ValueError for another style, and for a weight that no official
-    model has, as that of an adapter.
+    All weights are copies. Raises ValueError for another style, for a weight that no official model
+    has, as that of an adapter, and for settings of S6 with which the weights mean something else.
     """
     if style not in ("transformers", "mamba_ssm"):
         raise ValueError(f"style must be \"transformers\" or \"mamba_ssm\", got {style!r}")
+    for module in model.modules():
+        if isinstance(module, S6) and (module.discretization != "euler"
+                                       or module.selection != "all"):
+            raise ValueError("official models have discretization \"euler\" and selection \"all\" "
+                             "alone")
     embedding = "embeddings" if style == "transformers" else "embedding"
     weights = {}
     for name, weight in model.state_dict().items():
@@ -492,6 +497,24 @@ def time_steps(module, logits, tokens, count=3):
     return seconds[0], min(seconds[1:]), loss.item()
 
 
+def memory(module, logits, tokens):
+    """The bytes that a forward pass keeps for its backward pass, without the weights."""
+    with kept_for_backward() as kept:
+        guess = logits(tokens[:, :-1])       # the name keeps it alive, and with it all that it kept
+    weights = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
+    return sum(size for address, size in kept.items() if address not in weights)
+
+
+def writing_speed(model, count=50):
+    """Tokens a second that `generate` writes: the fastest of three texts."""
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        list(generate(model, torch.tensor([1]), count))
+        best = min(best, time.perf_counter() - start)
+    return count / best
+
+
 SIZES = {  # vocabulary, d_model, layers; sequences and length of a batch
     "small": (65, 128, 4, (32, 128)),
     "mamba-130m": (50280, 768, 24, (1, 256)),
@@ -506,19 +529,25 @@ def main():
     torch.set_num_threads(1)
     check_folders("results")
     rows = []
-    print(f"{'size':12s}{'library':44s}{'first step, s':>14s}{'step, s':>10s}{'loss':>10s}")
+    print(f"{'size':12s}{'library':44s}{'first step, s':>14s}{'step, s':>9s}{'loss':>9s}"
+          f"{'MB kept':>9s}")
     for size, (vocabulary, d_model, layers, (b, l)) in SIZES.items():
         torch.manual_seed(0)
         model = MambaLM(vocabulary, d_model, layers)
         tokens = torch.randint(vocabulary, (b, l + 1))
+        speed = f"{writing_speed(model):.0f}"
         for name, module, logits in peers(model):
             first, step, loss = time_steps(module, logits, tokens)
-            print(f"{size:12s}{name:44s}{first:14.2f}{step:10.2f}{loss:10.4f}", flush=True)
+            megabytes = memory(module, logits, tokens) / 1e6
+            print(f"{size:12s}{name:44s}{first:14.2f}{step:9.2f}{loss:9.4f}{megabytes:9.0f}",
+                  flush=True)
             rows.append({"size": size, "library": name, "batch": b, "length": l,
                          "first_step_seconds": f"{first:.2f}", "step_seconds": f"{step:.2f}",
-                         "loss": f"{loss:.4f}", "threads": 1,
+                         "loss": f"{loss:.4f}", "megabytes_kept": f"{megabytes:.0f}",
+                         "tokens_per_second": speed if module is model else "", "threads": 1,
                          "device": f"cpu {platform.machine()}", "torch": torch.__version__,
                          "command": "python block.py"})
+        print(f"{size:12s}{'this project writes':44s}{speed:>14s} tokens a second")
     write_rows("results/peers.csv", rows)
 
 

@@ -15,7 +15,10 @@ write (B) and what to read (C).
 A CPU takes the sequential scan, unless a time step is narrow (b·d·n < 2^14) and the sequence long.
 A GPU takes the parallel one. That has its own section, which a first reading may skip.
 
-Left out: the CUDA kernel, which does all of this in one launch, in the GPU's fast on-chip memory.
+Left out: the authors' fused CUDA kernel. In one launch it computes Δ = softplus(… + bias), this
+recurrence, D x and the gate y · SiLU(z) of block.py, and h never leaves the GPU's fast on-chip
+memory; a second launch goes back, and computes the states again.
+
 `python s6.py` measures time and memory over length, in half a minute: a table,
 results/scan_scaling.csv and figures/scan_scaling.png.
 
@@ -44,6 +47,7 @@ The glossary. The other files use the same names; the examples are those of trai
     ∂v        as v        gradient of the loss with respect to v, in code grad_v; g is ∂h_t
 """
 # No `from __future__ import annotations` here: TorchScript reads the annotations of this file.
+import contextlib
 import csv
 import io
 import math
@@ -731,6 +735,19 @@ def _random_inputs(b, l, d, n):
     return [t.requires_grad_() for t in (x, delta, A, B, C, torch.ones(d))]
 
 
+@contextlib.contextmanager
+def kept_for_backward():
+    """Notes what the operations in here keep for the backward pass: -> {address: bytes}."""
+    kept = {}
+
+    def note(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        yield kept
+
+
 def _measure(way, inputs):
     """Forward and backward: -> seconds, bytes kept between the two, output.
 
@@ -738,14 +755,8 @@ def _measure(way, inputs):
     """
     begin, best = time.perf_counter(), math.inf
     for _ in range(5):
-        kept = {}
-
-        def note(t):
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
         start = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        with kept_for_backward() as kept:
             y = way(*inputs)
         torch.autograd.grad(y.square().mean(), inputs, allow_unused=True)
         best = min(best, time.perf_counter() - start)

@@ -765,6 +765,8 @@ def test_official_weights_load_and_go_back_under_their_own_names():
     for name, weight, words in (("lm_head.weight", 1 + model.embedding.weight, ["tied"]),
                                 ("backbone.layers.0.mixer.A_log", torch.ones(8), ["Mamba-1"])):
         raises(words, lambda: load_official({**official, name: weight}))
+    for setting in ({"discretization": "zoh"}, {"selection": "BC"}):
+        raises(setting, lambda: official_state_dict(MambaLM(13, 16, layers=1, **setting)))
 
 
 def test_generation_repeats_with_its_seed_and_draws_from_the_softmax():
@@ -868,6 +870,17 @@ def test_a_token_sees_the_same_margin_on_all_sides_of_its_patch():
               f"{rows[0]} … {rows[-1]}")
         assert rows[0] == start - margin and rows[-1] == start + patch - 1 + margin
         assert torch.equal(seen.sum(0) > 0, seen.sum(1) > 0)
+
+
+def test_a_compiled_model_computes_the_same():
+    """Catches: a scan that torch.compile cannot go around, or that loses its gradient there."""
+    (model, tokens), grads = language_model(), []
+    compiled = torch.compile(model, backend="eager")       # traced, and not made into C++
+    for net in (model, compiled):
+        logits = net(tokens)[0]
+        grads.append(torch.autograd.grad(logits.square().mean(), list(model.parameters())))
+        grads[-1] = [logits, *grads[-1]]
+    assert all(map(torch.equal, *grads))
 
 
 def test_an_exported_model_takes_any_batch():

@@ -7,7 +7,7 @@
     python train_mnist.py pixels                another recipe: each of the 784 pixels is a token
     python train_mnist.py next-pixel            guess each pixel from those before, and draw digits
     python train_mnist.py cifar10               coloured images
-    python train_mnist.py poster --compare      published results, taken apart: see the README
+    python train_mnist.py poster --compare      published results, taken apart: results/README.md
     python train_mnist.py --dataset fashion     FashionMNIST
     python train_mnist.py --dataset FOLDER      own images: FOLDER/train/<class>/*, FOLDER/test/…
     python train_mnist.py --quick               a first look in about a minute
@@ -787,7 +787,7 @@ def shift_and_flip(images, padding=2):
 
 # --------------------------------------------------------------------------------------------------
 # Results: a row per run, a table, a figure. A row says which command made it, and on what machine;
-# a number in the README comes from such a row.
+# a number in README.md or results/README.md comes from such a row.
 
 def changed(recipe):
     """What differs from the recipe of that name: "lr=0.001,epochs=3". Not model, dataset, seed."""
@@ -826,7 +826,7 @@ def mean_sd(values, digits):
 
 
 def print_table(rows):
-    """The README's table: a line per row of the comparison, over its seeds.
+    """The table of results/README.md: a line per row of the comparison, over its seeds.
 
     Runs with the same seed see the same images in the same order. So the difference to the line
     above is taken seed by seed: variation that they share cancels.

@@ -19,8 +19,9 @@ which share shuts.
 
 The task digits looks at the classifiers of train_mnist.py, and text at the models of
 train_shakespeare.py. Needle and copying are the paper's two tasks of memory (section 4.1), and
-train small models here: --quick takes fewer steps, --seeds 0 1 2 gives the README's tables,
---models and --steps ask for others, and --resume takes the models that are trained already.
+train small models here: --quick takes fewer steps, --seeds 0 1 2 gives the tables of
+results/README.md, --models and --steps ask for others, and --resume takes the models that are
+trained already.
 
 Read before: train_mnist.py and train_shakespeare.py, whose models are looked at here.
 """
@@ -536,7 +537,8 @@ def look_at_text(args, device):
 # They differ in one thing each. "penalised" has the first weights and the data of "selective"; only
 # its loss is another. "fixed-delta" can choose what to write, but not how much; "fixed" can choose
 # nothing, and is otherwise the same block. S4 and the RNN cannot choose either, and are built in
-# another way. All have the same number of parameters, to 1 %.
+# another way. "selective-zoh" discretizes as the paper states it; it is trained on demand alone
+# (--models). All have the same number of parameters, to 1 %.
 
 SYMBOLS = 16         # the ordinary tokens, 0 … 15
 MARKER = 16          # of the needle
@@ -546,6 +548,7 @@ BETAS = 0.9, 0.95    # of AdamW
 LEARNERS = {  # name: colour, in words
     "penalised": ("#d62728", "selection, and a penalty on Δ"),
     "selective": ("#1f77b4", "selection"),
+    "selective-zoh": ("#17becf", "selection, zero-order hold"),
     "fixed-delta": ("#ff7f0e", "Δ fixed, B and C selective"),
     "fixed": ("#9467bd", "Δ, B, C fixed"),
     "s4": ("#2ca02c", "S4"),
@@ -582,7 +585,9 @@ def build_learner(name, seed):
     if name == "s4":
         return PlainLM(ASK + 1, 64, [S4Block(64, 60) for _ in range(4)], 64)
     selection = {"fixed-delta": "BC", "fixed": "none"}.get(name, "all")
-    return MambaLM(ASK + 1, d_model=64, layers=2, selection=selection)
+    discretization = "zoh" if name == "selective-zoh" else "euler"
+    return MambaLM(ASK + 1, d_model=64, layers=2, selection=selection,
+                   discretization=discretization)
 
 
 def generator(seed, what, number=0):
@@ -716,6 +721,7 @@ def gate_panels(models, tokens):
 # million. So what is learned on short haystacks is tested on long ones.
 
 TAUGHT = (8, 16, 32, 64, 128, 256)       # lengths in training
+NEEDLE_MODELS = ["penalised", "selective", "fixed-delta", "fixed", "s4", "rnn"]
 NEEDLE_STEPS, QUICK_STEPS = 600, 300
 PER_STEP = 4096                          # tokens of a step
 SHORTEST, LONGEST, LONGEST_QUICK = 6, 20, 12       # log₂ of the lengths that are tested
@@ -866,7 +872,7 @@ def look_for_needles(args, device):
     """Teach every model, ask it at every length, and look at its gates: rows and figures."""
     name = args.name or ("needle_quick" if args.quick else "needle")
     steps = args.steps or (QUICK_STEPS if args.quick else NEEDLE_STEPS)
-    names = args.models or (["penalised"] if args.quick else list(LEARNERS))
+    names = args.models or (["penalised"] if args.quick else NEEDLE_MODELS)
     longest = LONGEST_QUICK if args.quick else LONGEST
     print(f"needle: {steps} steps, seeds {args.seeds}; loss of a blind guess ln {SYMBOLS} = "
           f"{math.log(SYMBOLS):.4f}", flush=True)
@@ -909,7 +915,7 @@ def look_at_needles(name, models, device):
     tokens = next(haystacks(length, torch.tensor([place]), torch.tensor([7]),
                             generator(seed, "one haystack"))).to(device)
     shown = {}
-    for model_name in ("untrained", "selective", "penalised"):
+    for model_name in ("untrained", "selective", "selective-zoh", "penalised"):
         if (model_name, seed) in models:
             shown[model_name] = models[model_name, seed]
     distance = torch.arange(length) - place
