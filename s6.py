@@ -75,8 +75,9 @@ from torch import Tensor
 #     h' = A h + B x                    A < 0: without an input, h fades
 #
 # Tokens come one after the other. So let token t last for a time Δ, and let x keep the value x_t
-# all that time (zero-order hold). Then h rests where h' = 0, at h* = -B x_t / A. With B x_t = -A h*
-# the equation reads h' = A (h - h*): in the time Δ the distance h - h* fades by the factor exp(ΔA).
+# all that time (zero-order hold). Then h tends to the value at which h' = 0, h* = -B x_t / A. With
+# B x_t = -A h* the equation reads h' = A (h - h*): in the time Δ the distance h - h* fades by the
+# factor exp(ΔA).
 #
 #     h_t - h* = exp(ΔA) (h_{t-1} - h*)
 #     h_t      = exp(ΔA) h_{t-1} + (exp(ΔA) - 1)/A · B x_t         =: Ā h_{t-1} + B̄ x_t
@@ -84,6 +85,9 @@ from torch import Tensor
 # That is exact. For a small step exp(ΔA) - 1 is about ΔA, and so B̄ is about ΔB: Euler's rule, and
 # what Mamba computes. Ā stays exact: Euler's 1 + ΔA is negative where ΔA < -1, and where ΔA < -2
 # the state would grow without bound. Selection is one more step: each token has its own Δ, B and C.
+#
+# A channel has n such numbers, each with an A of its own. So it remembers on n time scales at once,
+# and C says how they add up to y.
 
 def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
     """The equation, one token after the other: -> y (b, l, d), last state (b, d, n).
@@ -114,7 +118,7 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
 
 # --------------------------------------------------------------------------------------------------
 # S6, the layer: Algorithm 2 of the paper. Selection is no more than this: B and C are linear in x,
-# and Δ is the softplus of an affine map of low rank.
+# and Δ is the softplus of a linear map with a bottleneck.
 #
 # Why it is a scan and no convolution. Unrolled, without D, the recurrence reads
 #     y_3 = C_3 (B̄_3 x_3 + Ā_3 B̄_2 x_2 + Ā_3 Ā_2 B̄_1 x_1)

@@ -2073,7 +2073,7 @@ def test_the_needle_is_taught_at_growing_lengths_and_the_penalty_comes_last():
     for name, penalty in (("penalised", 0.01), ("selective", 0.0)):
         model, asked = build_learner(name, 0), []
         with patch.multiple(visualize_delta, learn=note, PER_STEP=512):
-            longest = visualize_delta.teach_needle(model, name, 0, CPU, 60)
+            longest = visualize_delta.teach_needle(model, name, 0, CPU, 60, 3e-3)
         growing, afterwards = asked[:len(TAUGHT)], asked[len(TAUGHT):]
         assert longest == TAUGHT[-1]
         assert growing == [(length, 0.0) for length in TAUGHT]

@@ -20,8 +20,8 @@ which share shuts.
 The task digits looks at the classifiers of train_mnist.py, and text at the models of
 train_shakespeare.py. Needle and copying are the paper's two tasks of memory (section 4.1), and
 train small models here: --quick takes fewer steps, --seeds 0 1 2 gives the tables of
-results/README.md, --models and --steps ask for others, and --resume takes the models that are
-trained already.
+results/README.md, --models, --steps and --lr ask for others, and --resume takes the models that
+are trained already.
 
 Read before: train_mnist.py and train_shakespeare.py, whose models are looked at here.
 """
@@ -723,6 +723,7 @@ def gate_panels(models, tokens):
 TAUGHT = (8, 16, 32, 64, 128, 256)       # lengths in training
 NEEDLE_MODELS = ["penalised", "selective", "fixed-delta", "fixed", "s4", "rnn"]
 NEEDLE_STEPS, QUICK_STEPS = 600, 300
+NEEDLE_LR = 3e-3
 PER_STEP = 4096                          # tokens of a step
 SHORTEST, LONGEST, LONGEST_QUICK = 6, 20, 12       # log₂ of the lengths that are tested
 PIECE = 2 ** 14      # tokens that are evaluated at a time
@@ -756,13 +757,13 @@ def random_needles(count, length, random):
     return next(haystacks(length, places, answers, random)), places, answers
 
 
-def teach_needle(model, name, seed, device, steps):
+def teach_needle(model, name, seed, device, steps, lr):
     """The length doubles when the loss falls under 0.05: -> the greatest one that was solved.
 
     After 256, lengths are drawn at random, so that none is forgotten; and only then is "penalised"
     penalised. Earlier, the penalty could shut the gates before the task is learned.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=BETAS, weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=BETAS, weight_decay=0)
     random, level = generator(seed, "needle"), 0
     for step in range(1, steps + 1):
         if level == len(TAUGHT):
@@ -880,7 +881,7 @@ def look_for_needles(args, device):
     for seed in args.seeds:              # the control
         models["untrained", seed] = build_learner("selective", seed).to(device)
     for model_name, seed, model, facts in taught(
-            args, name, names, device, teach_needle, steps=steps):
+            args, name, names, device, teach_needle, steps=steps, lr=args.lr or NEEDLE_LR):
         rows += ask_at_all_lengths(model, model_name, seed, device, facts, longest)
         models[model_name, seed] = model
     save_rows(name, rows)
@@ -935,6 +936,7 @@ def look_at_needles(name, models, device):
 
 COPIED = 16          # symbols to repeat
 COPYING_STEPS, COPYING_QUICK = 3000, 60
+COPYING_LR = 1e-2
 
 
 def scattered(count, length, random):
@@ -948,18 +950,18 @@ def scattered(count, length, random):
     return tokens.scatter_(1, places, symbols), places, symbols
 
 
-def teach_copying(model, name, seed, device, steps, length):
+def teach_copying(model, name, seed, device, steps, length, lr):
     """From 30 % to 70 % of the steps the length grows from 16 (no blanks): -> the last length.
 
     Without blanks the task is plain copying, and easy; the distances then grow little by little.
-    The learning rate rises to 1e-2 in 50 steps, and falls to 0 along a cosine.
+    The learning rate rises to lr in 50 steps, and falls to 0 along a cosine.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=BETAS, weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=BETAS, weight_decay=0)
     random = generator(seed, "copying")
     for step in range(1, steps + 1):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min(1.0, step / 50) * cosine
+            group["lr"] = lr * min(1.0, step / 50) * cosine
         grown = min(1.0, max(0.0, (step / steps - 0.3) / 0.4))
         now = COPIED + round((length - COPIED) * grown)
         tokens, _, symbols = scattered(max(4, 4096 // (now + COPIED)), now, random)
@@ -991,7 +993,8 @@ def look_at_copying(args, device):
     rows, gates = [], []
     shown = {"untrained": build_learner("selective", args.seeds[0]).to(device)}
     for model_name, seed, model, facts in taught(
-            args, name, names, device, teach_copying, steps=steps, length=length):
+            args, name, names, device, teach_copying, steps=steps, length=length,
+            lr=args.lr or COPYING_LR):
         right = copied(model, length, seed, device).float()
         accuracy, entire = 100 * right.mean().item(), 100 * right.amin(1).mean().item()
         rows.append({
@@ -1044,6 +1047,8 @@ def parse(arguments):
     add("--seeds", type=whole, nargs="+", default=[0], help="of needle and copying; default 0")
     add("--steps", type=between(int, 1),
         help=f"of needle, default {NEEDLE_STEPS}; of copying, default {COPYING_STEPS}")
+    add("--lr", type=between(float, 1e-6),
+        help=f"learning rate: of needle, default {NEEDLE_LR}; of copying, default {COPYING_LR}")
     add("--length", type=between(int, COPIED + 1),
         help="of copying; default 256; the paper's: 4096")
     add("--quick", action="store_true", help="needle and copying: fewer steps and lengths")
@@ -1057,8 +1062,8 @@ def parse(arguments):
     args.task = list(dict.fromkeys(args.task))
     if args.name and len(args.task) > 1:
         p.error("--name names the files of one task: use --task, too")
-    if (args.models or args.steps or args.length) and not args.name:
-        p.error("other --models, --steps or --length need a --name for their files")
+    if (args.models or args.steps or args.lr or args.length) and not args.name:
+        p.error("other --models, --steps, --lr or --length need a --name for their files")
     return args
 
 
