@@ -441,7 +441,7 @@ def graphed(model, *inputs):
 
 
 # --------------------------------------------------------------------------------------------------
-# `python block.py`: one training step beside other libraries, each in the ways that it documents.
+# `python block.py`: a training step beside other libraries, each in the ways that it documents.
 #
 # `pip install transformers mambapy`, or one of them: what is not installed is left out. All have
 # the same weights, so their losses must agree. Without CUDA, transformers runs a loop over time in
@@ -536,18 +536,27 @@ def main():
         model = MambaLM(vocabulary, d_model, layers)
         tokens = torch.randint(vocabulary, (b, l + 1))
         speed = f"{writing_speed(model):.0f}"
+        print(f"{size:12s}this project writes {speed} tokens a second")
         for name, module, logits in peers(model):
             first, step, loss = time_steps(module, logits, tokens)
             megabytes = memory(module, logits, tokens) / 1e6
             print(f"{size:12s}{name:44s}{first:14.2f}{step:9.2f}{loss:9.4f}{megabytes:9.0f}",
                   flush=True)
-            rows.append({"size": size, "library": name, "batch": b, "length": l,
-                         "first_step_seconds": f"{first:.2f}", "step_seconds": f"{step:.2f}",
-                         "loss": f"{loss:.4f}", "megabytes_kept": f"{megabytes:.0f}",
-                         "tokens_per_second": speed if module is model else "", "threads": 1,
-                         "device": f"cpu {platform.machine()}", "torch": torch.__version__,
-                         "command": "python block.py"})
-        print(f"{size:12s}{'this project writes':44s}{speed:>14s} tokens a second")
+            rows.append({
+                "size": size,
+                "library": name,
+                "batch": b,
+                "length": l,
+                "first_step_seconds": f"{first:.2f}",
+                "step_seconds": f"{step:.2f}",
+                "loss": f"{loss:.4f}",
+                "megabytes_kept": f"{megabytes:.0f}",
+                "tokens_per_second": speed if module is model else "",
+                "threads": 1,
+                "device": f"cpu {platform.machine()}",
+                "torch": torch.__version__,
+                "command": "python block.py",
+            })
     write_rows("results/peers.csv", rows)
 
 

@@ -440,7 +440,7 @@ def result(recipe, text, device, run):
 
 
 def print_table(rows):
-    """The README's table: mean ± standard deviation (n - 1) over the seeds."""
+    """The table of results/README.md: mean ± standard deviation (n - 1) over the seeds."""
     print("\n| validation loss | nats per character | bits per character |\n|---|---|---|")
     for way in ("stream", "block"):
         cells = [way]
