@@ -746,7 +746,7 @@ def kept_for_backward():
 
     def note(t):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+        return t.detach()    # an output that kept itself would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         yield kept
