@@ -427,8 +427,8 @@ def graphed(model, *inputs):
     """For a GPU: the model, with its forward and its backward pass recorded as CUDA graphs.
 
     A small model is hundreds of small kernels, and the GPU mostly waits until Python has launched
-    the next one. A CUDA graph launches all of them in one call: a step of train_mnist.py takes 5 ms
-    in place of 26 (H200), and computes the same.
+    the next one. A CUDA graph launches all of them in one call: a scan of train_mnist.py takes
+    0.9 ms in place of 4.1 (H200: results/scan_gpu.csv), and computes the same.
 
     inputs   what the model will be called with: tensors, or lists and tuples of them. The shapes
              of every later call must be the same, and so must everything that depends on Python: a

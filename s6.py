@@ -299,7 +299,7 @@ def _pieces(x, n, method):
 
 
 def _short_pieces(l, width):
-    """For a GPU, where a call is a launch of 5 to 10 µs, however narrow: pieces of log₂ l tokens.
+    """For a GPU, where a call costs a launch, however narrow it is: pieces of log₂ l tokens.
 
     The time of a small scan is that of its launches: about 27 for each token of a piece, 8 for each
     of the log₂ k rounds that join the pieces, and 40 besides. Short pieces keep them few: forward

@@ -47,8 +47,8 @@ from torch.nn.parallel import DistributedDataParallel
 from block import MambaLM, State, generate, graphed, parameter_groups
 from s6 import check_folders, write, write_rows
 from train_mnist import (KINDS, PROCESSES, RANK, choose_device, describe, first_line, learning_rate,
-                         progress, read_checkpoint, resume_from, run_script, save_checkpoint,
-                         seed_for, whole)
+                         mean_sd, progress, read_checkpoint, resume_from, run_script,
+                         save_checkpoint, seed_for, whole)
 
 # Each setting is also a flag, and is saved in every checkpoint. The same holds for one that you
 # add: a number or a string.
@@ -445,9 +445,7 @@ def print_table(rows):
     for way in ("stream", "block"):
         cells = [way]
         for unit in ("loss", "bits"):
-            values = torch.tensor([float(row[f"val_{unit}_{way}"]) for row in rows]).double()
-            spread = f" ± {values.std():.4f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.4f}{spread}")
+            cells.append(mean_sd([float(row[f"val_{unit}_{way}"]) for row in rows], 4))
         print(f"| {' | '.join(cells)} |")
 
 

@@ -721,7 +721,7 @@ def gate_panels(models, tokens):
 # To find a needle a model must write at two tokens, and then leave its state alone until the end. A
 # gate can do that. A leak that does no harm over 256 tokens acts 4,096 times as long over a
 # million. So what is learned on short haystacks is tested on long ones. (A saturated tanh would not
-# leak either: what the RNN learns of this task it keeps. But it learns little.)
+# leak either: what the RNN learns of this task it forgets slowly. But it learns little.)
 
 TAUGHT = (8, 16, 32, 64, 128, 256)       # lengths in training
 NEEDLE_STEPS, QUICK_STEPS = 600, 300
