@@ -140,16 +140,14 @@ class ConvS6(nn.Module):
         x = F.silu(causal_conv(seen, conv1d.weight, conv1d.bias))              # (b, l, d)
         y, h = self.s6(x, h0, mask, method=method)
 
-        # The next window: the last w-1 real tokens. In `seen` the `count` real tokens of a follow
-        # w-1 older ones, and padding is behind them: so the window begins at `count`.
-        if mask is None:
-            count = a.new_full((b, 1), a.shape[1], dtype=torch.int64)
-        else:
-            count = (mask != 0).sum(1, keepdim=True)                           # (b, 1)
-        last = count + torch.arange(w - 1, device=a.device)                    # (b, w-1)
-        window = _take(seen, last)
-        if mask is not None:
-            y = _take(y, torch.argsort(order, dim=1)).masked_fill(padding, 0)
+        # The next window: the last w-1 real tokens.
+        if mask is None:                 # a copy: the state would keep all of `seen` otherwise
+            return y, State(seen[:, a.shape[1]:].clone(), h)
+        # In `seen` the `count` real tokens of a follow w-1 older ones, and padding is behind them:
+        # so the window begins at `count`.
+        count = (mask != 0).sum(1, keepdim=True)                               # (b, 1)
+        window = _take(seen, count + torch.arange(w - 1, device=a.device))     # (b, w-1, d)
+        y = _take(y, torch.argsort(order, dim=1)).masked_fill(padding, 0)
         return y, State(window, h)
 
     def _one_token(self, a, state):
@@ -181,7 +179,7 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(d, d_model, bias=False)
 
     def forward(self, x, state=None, mask=None, *, method="auto"):
-        """State, mask and errors as for ConvS6."""
+        """State, mask and errors as for ConvS6; y is 0 at padding whose x is finite."""
         check_sequence(self, x, self.d_model, mask, state)
         a, z = self.in_proj(x).chunk(2, dim=-1)                                # (b, l, d) each
         y, state = self.path(a, state, mask, method=method)
@@ -257,12 +255,12 @@ class MambaLM(nn.Module):
         for layer in self.layers:
             conv1d, s6 = layer.mixer.path.conv1d, layer.mixer.path.s6
             window = s6.D.new_zeros(b, conv1d.kernel_size[0] - 1, conv1d.in_channels)
-            h = torch.zeros_like(s6.A_log.detach()).expand(b, -1, -1).clone()
+            h = s6.A_log.new_zeros(b, *s6.A_log.shape)
             states.append(State(window, h))
         return states
 
 
-# The weights of an official model: of a layer (layers.0.norm.weight, …), and of all around them.
+# The weights of an official model: in a layer (layers.0.norm.weight, …), and outside the layers.
 OFFICIAL = {f"mixer.{name}" for name in (
     "in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
     "dt_proj.bias", "A_log", "D", "out_proj.weight")}
@@ -409,8 +407,8 @@ def parameter_groups(model, weight_decay):
     """Groups for the optimizer: weight decay for matrices and kernels alone.
 
     A_log, D, biases, norms and tables of positions are scales and offsets, and zero is no natural
-    value for them: decay on A_log would pull every A towards -1, and so the memories of all
-    channels towards one length. The same holds for omega, the frequencies of rnn.py's S4.
+    value for them: decay on A_log would pull every A towards -1, and so the n time scales of a
+    channel towards one. The same holds for omega, the frequencies of rnn.py's S4.
     """
     decayed, spared = [], []
     for name, parameter in model.named_parameters():

@@ -169,20 +169,20 @@ class S4(nn.Module):
     def __init__(self, d, n=64):
         super().__init__()
         A, B = diagonal_hippo(n)
-        dt = torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1))
-        self.log_dt = nn.Parameter(dt)                                         # Δ: 0.001 … 0.1
+        log_dt = torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1))
+        self.log_dt = nn.Parameter(log_dt)                                     # Δ: 0.001 … 0.1
         # Λ = -exp(A_log) + i ω: the real part stays negative, whatever the optimizer does.
         self.A_log = nn.Parameter(torch.tensor(-A.real).float().log().repeat(d, 1))     # (d, n/2)
         self.omega = nn.Parameter(torch.tensor(A.imag).float().repeat(d, 1))
         self.register_buffer("B", torch.view_as_real(torch.tensor(B).to(torch.complex64)))
-        self.C = nn.Parameter(torch.randn(d, n // 2, 2) * 0.5 ** 0.5)
+        self.C = nn.Parameter(torch.randn(d, n // 2, 2) * 0.5 ** 0.5)          # complex, variance 1
         self.D = nn.Parameter(torch.ones(d))
 
     def discretize(self):
         """-> ΔΛ and B̄, (d, n/2) complex both. B̄ = (exp(ΔΛ) - 1)/Λ B: exact while x is held."""
         A = torch.complex(-full(self.A_log).exp(), full(self.omega))
-        step = full(self.log_dt).exp().unsqueeze(1) * A
-        return step, torch.expm1(step) / A * torch.view_as_complex(full(self.B))
+        delta_A = full(self.log_dt).exp().unsqueeze(1) * A
+        return delta_A, torch.expm1(delta_A) / A * torch.view_as_complex(full(self.B))
 
     def forward(self, x, h=None, *, mode="auto", return_state=True):
         """x (b, l, d) -> y (b, l, d), and the state after x, (b, d, n/2) complex.
@@ -211,8 +211,8 @@ class S4(nn.Module):
         return (y + self.D * x).to(x.dtype), h
 
     def _recur(self, x, h):
-        step, B_bar = self.discretize()
-        A_bar, C, ys = step.exp(), torch.view_as_complex(full(self.C)), []
+        delta_A, B_bar = self.discretize()
+        A_bar, C, ys = delta_A.exp(), torch.view_as_complex(full(self.C)), []
         h = 0 if h is None else h
         for x_t in x.unbind(1):
             h = A_bar * h + B_bar * x_t.unsqueeze(-1)                          # (b, d, n/2)
@@ -222,18 +222,18 @@ class S4(nn.Module):
     def _convolve(self, x, h0, return_state):
         """y = K * x with K_k = 2 Re(C Ā^k B̄): K costs d·n·l, and the FFT l log l instead of l²."""
         l, x = x.shape[1], x.transpose(1, 2).contiguous()                      # (b, d, l)
-        step, B_bar = self.discretize()
-        C, powers = torch.view_as_complex(full(self.C)), _powers(step, l)      # Ā^k, (d, n/2, l)
+        delta_A, B_bar = self.discretize()
+        C, powers = torch.view_as_complex(full(self.C)), _powers(delta_A, l)   # Ā^k, (d, n/2, l)
         K = 2 * torch.matmul((C * B_bar).unsqueeze(1), powers).squeeze(1).real         # (d, l)
         # As long again in zeros, or the end of the sequence would wrap around to its beginning.
         spectrum = torch.fft.rfft(x, 2 * l) * torch.fft.rfft(K, 2 * l)
         y = torch.fft.irfft(spectrum, 2 * l)[..., :l]
-        if h0 is not None:               # h_0 adds 2 Re(C Ā^{t+1} h_0) to y_t
-            y = y + 2 * torch.einsum("bdn,dnl->bdl", C * step.exp() * h0, powers).real
+        if h0 is not None:               # h_0 adds 2 Re(C Ā^t h_0) to y_t, t = 1 … l
+            y = y + 2 * torch.einsum("bdn,dnl->bdl", C * delta_A.exp() * h0, powers).real
         h = None
-        if return_state:                 # h_l = Ā^l h_0 + Σ_k Ā^{l-1-k} B̄ x_k
+        if return_state:                 # h_l = Ā^l h_0 + Σ_k Ā^k B̄ x_{l-k}
             h = B_bar * torch.einsum("bdl,dnl->bdn", x.to(powers.dtype), powers.flip(-1))
-            h = h if h0 is None else h + (step * l).exp() * h0
+            h = h if h0 is None else h + (delta_A * l).exp() * h0
         return y.transpose(1, 2), h
 
 
@@ -256,7 +256,7 @@ class S4Block(nn.Module):
 class S4Stack(nn.Module):
     """x (b, l, d_model) -> (b, l, d_model): S4Blocks, one after the other.
 
-    Without the residual scaling that Mamba uses (`scale_residuals`).
+    Not scaled by `scale_residuals`. In PixelLM the same blocks are.
     """
 
     def __init__(self, d_model, layers=4, n=64):

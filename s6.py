@@ -3,21 +3,21 @@
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        the state: what is remembered of x_1 … x_t
     y_t = C_t h_t + D x_t                         the output: what is read from it
 
-This is the selective scan (S6) of Mamba. Δ, B and C are computed from x itself, so each token
-decides how much of the past to keep (A < 0: Δ → 0 keeps everything, Δ → ∞ keeps nothing), where to
-write (B) and what to read (C).
+A scan is a recurrence that runs over a whole sequence. This one is the selective scan (S6) of
+Mamba: Δ, B and C are computed from x itself, so each token decides how much of the past to keep
+(A < 0: Δ → 0 keeps everything, Δ → ∞ keeps nothing), where to write (B) and what to read (C).
 
     definition()                          the equation as it stands here: the reference for the rest
     class S6                              Algorithm 2 of the paper: makes Δ, B, C from x, and scans
     selective_scan(method="sequential")   a compiled loop over time, its gradient derived by hand
     selective_scan(method="parallel")     pieces of the sequence side by side, and a prefix scan
 
-A CPU takes the sequential scan, unless a time step is narrow (b·d·n < 2^14) and the sequence long.
-A GPU takes the parallel one. That has its own section, which a first reading may skip.
+A CPU takes the sequential scan, unless a time step is narrow (b·d·n < 2^14) and the sequence has 64
+tokens or more. A GPU takes the parallel one. It has its own section: skip it on a first reading.
 
 Left out: the authors' fused CUDA kernel. In one launch it computes Δ = softplus(… + bias), this
 recurrence, D x and the gate y · SiLU(z) of block.py, and h never leaves the GPU's fast on-chip
-memory; a second launch goes back, and computes the states again.
+memory. A second launch computes the gradients, and for that the states again.
 
 `python s6.py` measures time and memory over length, in half a minute: a table,
 results/scan_scaling.csv and figures/scan_scaling.png.
@@ -144,7 +144,7 @@ class S6(nn.Module):
     """x (b, l, d) -> y (b, l, d), state: Δ, B, C from x, and the scan. Official parameter names.
 
     d         channels
-    n         states per channel
+    n         numbers in the state of a channel
     dt_rank   Δ is made through a bottleneck this narrow, since a full matrix would cost d²
               parameters; default ⌈d/32⌉, the authors' ⌈d_model/16⌉ for a block twice as wide inside
     discretization    "euler", as Mamba has it, or "zoh": see `selective_scan`
@@ -162,12 +162,12 @@ class S6(nn.Module):
         self.x_proj = nn.Linear(d, self.dt_rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d)
         # For x = 0, Δ = softplus(bias): at first between 0.001 and 0.1, log-uniform over the
-        # channels, as in the authors' code. State number i, with A = -i, then remembers for about
-        # 1/(iΔ) tokens: some look far back, some at what is near.
+        # channels, as in the authors' code. Number i of a state, with A = -i, then remembers for
+        # about 1/(iΔ) tokens: some look far back, some at what is near.
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
-        dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))         # softplus(bias) = dt
+        delta = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))
+        with torch.no_grad():            # so that softplus(bias) = delta
+            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
         # A = -exp(A_log) stays negative whatever the optimizer does. It starts at -1, -2, … -n, the
         # diagonal of the HiPPO matrix ("S4D-Real", section 3.6). S4 takes complex numbers instead.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(d, 1))      # (d, n)
@@ -285,27 +285,30 @@ def _pieces(x, n, method):
     width = max(1, b * d * n)            # numbers that one time step touches
     on_cpu = x.device.type == "cpu"
     if method == "auto":
-        # l first: then torch.export of a model for short sequences asks nothing of the batch.
+        # l first: then what torch.export makes for short sequences works for any batch.
         method = "sequential" if on_cpu and (l < 64 or width >= NARROW) else "parallel"
     if method == "sequential":
         return 1
     if on_cpu:
-        # Enough pieces that arithmetic outweighs call overhead, few enough that their states fit
-        # the L2 cache; at least 16 tokens each, or joining them costs more than it saves; at least
-        # two pieces. 6 and not 8: with a power of two, pieces often lie a power of two apart in
-        # memory, and compete for the same lines of the cache.
-        return max(min(2, l), min(6 * NARROW // width, l // 16))
+        # Enough pieces that arithmetic outweighs call overhead, and few enough that their states
+        # fit the L2 cache. (6 and not 8: with a power of two, pieces often lie a power of two apart
+        # in memory, and compete for the same lines of the cache.)
+        most = 6 * NARROW // width
+        # Of fewer than 16 tokens each they cost more to join than they save.
+        pieces = min(most, l // 16)
+        return max(pieces, min(2, l))    # two at least, if there are two tokens
     return _short_pieces(l, width)
 
 
 def _short_pieces(l, width):
-    """For a GPU, where a call costs a launch, however narrow it is: pieces of log₂ l tokens.
+    """For a GPU: pieces of about log₂ l tokens, 8 at least.
 
-    The time of a small scan is that of its launches: about 27 for each token of a piece, 8 for each
-    of the log₂ k rounds that join the pieces, and 40 besides. Short pieces keep them few: forward
-    and backward take 252 for 49 tokens, and 595 for 65,536. In a large scan the launches do not
-    matter. There the pieces are longer, so that fewer states are kept: no more of them than make a
-    launch work on 2^23 numbers. (Measured on an H200: results/scan_gpu.csv.)
+    There a call costs a launch, however narrow it is. So the time of a small scan is that of its
+    launches: about 27 for each token of a piece, 8 for each of the log₂ k rounds that join the
+    pieces, and 40 besides. Short pieces keep them few: forward and backward take 252 for 49 tokens,
+    and 595 for 65,536. In a large scan the launches do not matter. There the pieces are longer, so
+    that fewer states are kept: no more of them than make a launch work on 2^23 numbers. (Measured
+    on an H200: results/scan_gpu.csv.)
     """
     shortest = max(8, l.bit_length())
     return min(-(-l // shortest), max(1, WIDE // width))
@@ -342,9 +345,10 @@ def _short_pieces(l, width):
 #     ∂u_t = ∂h_t B_t        ∂B_t = ∂h_t u_t        ∂C_t = ∂y_t h_t        ∂Ā_t = ∂h_t h_{t-1}
 #
 # The derivative of exp(Δ_t A) with respect to Δ_t A is Ā_t, so ∂(Δ_t A) = Ā_t ∂h_t h_{t-1} =: q_t.
-# Hence ∂Δ_t = q_t A, and ∂A is the sum of q_t Δ_t over t. With many channels and numbers, ∂u_t and
-# ∂Δ_t are summed over the n numbers that share them, ∂B_t and ∂C_t over the d channels, and ∂A over
-# the sequences.
+# Hence Ā gives Δ_t the gradient q_t A, and ∂A is the sum of q_t Δ_t over t. In the end, by u_t =
+# Δ_t x_t, ∂x_t = ∂u_t Δ_t, and ∂Δ_t gets ∂u_t x_t besides. With many channels and numbers, ∂u_t and
+# q_t A are summed over the n numbers that share them, ∂B_t and ∂C_t over the d channels, and ∂A
+# over the sequences.
 
 def script(function):
     """Compile with TorchScript, or return the function as it is where TorchScript does not work.
@@ -376,6 +380,7 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Optional[Tensor]
     y = torch.empty([l if C is not None else 0, b, 1, d], dtype=h.dtype, device=h.device)
     u_t, delta_t = u.split(1, 1), delta.split(1, 1)                            # (b, 1, d)
     B_t = B.unsqueeze(3).unbind(1)                                             # (b, n, 1)
+    # Without C nothing reads C_t; TorchScript wants something of the same type.
     C_t = C.split(1, 1) if C is not None else u_t                              # (b, 1, n)
     y_t, kept_t = y.unbind(0), kept.unbind(0)                       # (b, 1, d), (b, n, d)
     for t in range(l):
@@ -398,9 +403,12 @@ def _hold_backward(A_bar: Tensor, h: Tensor, g: Tensor, x: Tensor, B: Tensor, A:
                    grad_A: Tensor) -> Tensor:
     """What zero-order hold adds to a step of `_backward`: -> ∂(B_t x_t), (b, n, d).
 
-    h_t = Ā h_{t-1} + (Ā - 1) w, with w = B_t x_t / A. So ∂(B_t x_t) = (Ā - 1) ∂h_t / A, and ∂A gets
-    a term, since w is divided by A. Ā multiplies h_{t-1} + w here, so that is what h holds in the
-    end; and A_bar, which came as Ā - 1, holds Ā. From there on `_backward` goes on as for Euler.
+    With w = B_t x_t / A the step is h_t = Ā (h_{t-1} + w) - w. So
+
+        ∂(B_t x_t) = (Ā - 1) ∂h_t / A =: r          ∂A gets -r w, since w is divided by A
+
+    `_backward` goes on as for Euler, with h_{t-1} + w in place of h_{t-1}: so that is what h holds
+    in the end. A_bar, which came as Ā - 1, then holds Ā.
     """
     w = B * x / A
     r = A_bar * g / A
@@ -465,7 +473,7 @@ def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B:
                 torch.bmm(B_row[t], g, out=grad_u_t[t])                        # ∂u_t   (b, 1, d)
             q = h[i].mul_(g.mul_(A_bars[i]))             # q_t; and g becomes Ā_t ∂h_t
             grad_A.addcmul_(q, delta_t[t])
-            torch.bmm(ones, q.mul_(A), out=grad_delta_t[t])                    # ∂Δ_t   (b, 1, d)
+            torch.bmm(ones, q.mul_(A), out=grad_delta_t[t])                    # q_t A  (b, 1, d)
     return (grad_u.squeeze(2).transpose(0, 1), grad_delta.squeeze(2).transpose(0, 1),
             grad_A.sum(0), grad_B.squeeze(2).transpose(0, 1), grad_C.squeeze(2).transpose(0, 1), g)
 
@@ -627,9 +635,9 @@ def choose(name, value, allowed):
 def check_sequence(layer, x, d, mask=None, state=None):
     """Raise a ValueError unless x is (b, l, d), and mask, if there is one, (b, l).
 
-    With a state x may also be one token, (b, d).
+    With a state x may also be one token, (b, d), without a mask.
     """
-    fits = x.ndim == 3 or (x.ndim == 2 and state is not None)
+    fits = x.ndim == 3 or (x.ndim == 2 and state is not None and mask is None)
     if not fits or x.shape[-1] != d:
         raise ValueError(f"{type(layer).__name__}: x must have shape (b, l, {d}), "
                          f"got {tuple(x.shape)}")
@@ -670,8 +678,8 @@ def _check(x, delta, A, B, C, D, h0, method, discretization):
 
 
 # --------------------------------------------------------------------------------------------------
-# Files, for all scripts of this directory. They appear whole or not at all: a run that is killed,
-# or a disk that is full, costs no file that was there before.
+# Files, for all scripts of this directory. A file is replaced once the new one is complete: so a
+# run that is killed, or a disk that is full, destroys nothing.
 
 def write(path, make, keep_old=False):
     """Call make(an open temporary file), then move the file to path.
@@ -796,7 +804,7 @@ def main():
             rows.append({"way": name, "length": l, "milliseconds": ms, "megabytes_kept": megabytes,
                          "error": error, "threads": threads, "device": f"cpu {platform.machine()}",
                          "torch": torch.__version__, "command": "python s6.py"})
-    print("\nerror: of y, largest over largest value, against the definition in float64")
+    print("\nerror: the largest of y, over the largest |y|, against the definition in float64")
     write_rows("results/scan_scaling.csv", rows)
     _draw("figures/scan_scaling.png", rows)
 

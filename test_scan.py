@@ -675,6 +675,7 @@ def test_states_masks_and_names_that_do_not_fit_are_refused_or_harmless():
 
     raises(["tokens", "(b, l)", "(12,)"], lambda: model(tokens[0]))
     raises(["MambaBlock", "(b, l, 16)", "(3, 16)"], lambda: layer(x[0]))
+    raises(["MambaBlock", "(b, l, 16)", "(2, 16)"], lambda: layer(x[:, 0], states[0], mask[:, 0]))
     raises(["S6", "(2, 32, 4)", "(1, 32, 4)"], lambda: layer.mixer.path.s6(
         torch.randn(2, 32).double(), states[0].h[:1]))
     raises(["4 layers", "3 states"], lambda: model(tokens, states[:3]))

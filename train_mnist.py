@@ -66,7 +66,8 @@ from vision import BEGIN, GREYS, ImageClassifier, PixelLM, VisionMamba, complete
 # The models, and their colours in the figures.
 MODELS = {"bidirectional": "#d62728", "causal": "#1f77b4", "s4": "#2ca02c"}
 MODELS |= {"rnn": "#7f7f7f", "forward": "#17becf"}
-# Classes that take train=True, and have .data, .targets and .classes: CIFAR100, but not SVHN.
+# To add one: its class must take train=True, and have .data, .targets and .classes. CIFAR100 does,
+# SVHN does not.
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
 
 
@@ -87,7 +88,7 @@ RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held 
     schedule="cosine",                   # or "constant": see learning_rate
     clip=1.0,                            # longer gradients are scaled down to this norm
     weight_decay=0.05,                   # for matrices alone: see block.parameter_groups
-    average=0.998,                       # decay of the averaged weights, which are tested;
+    average=0.998,                       # highest decay of the averaged weights, which are tested;
                                          # 0: no average, the weights themselves are tested
     smoothing=0.0,                       # label smoothing
     augment="warp",                      # or "shift-flip", for photographs, or "none"
@@ -103,19 +104,19 @@ RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held 
     d_model=64,                          # width of the residual stream
     layers=2,                            # S4 gets twice as many: its blocks are half as large
     hidden=152,                          # width of the RNN: 96,000 parameters, as all have
-    state=92,                            # numbers in a state of S4: the same
+    state=92,                            # numbers in a state of S4: the same parameters
 )
 RECIPES["pixels"] = dict(
     RECIPES["mnist"],
     patch=1, stem="patch",               # a token is a pixel
-    position="axes",                     # a vector per pixel: 38 % of the model
+    position="axes",                     # a vector for each pixel would be 38 % of the model
     augment="none",                      # in one epoch no image is seen twice
     epochs=1, batch=32,                  # 784 tokens are sixteen times as many as 49
     hidden=153,                          # 86,000 parameters, as all have
 )
 RECIPES["next-pixel"] = dict(
     dataset="mnist", task="next-pixel",
-    model="causal",                      # or s4: both are causal
+    model="causal",                      # MambaBlocks, one path each; or s4, which is causal, too
     seed=0, epochs=1, batch=16,
     lr=6e-3, schedule="cosine", clip=1.0, weight_decay=0.05, average=0.998,
     smoothing=0.0, bf16=False,
@@ -318,9 +319,9 @@ def train(recipe, data, device, path, resume):
         if not math.isfinite(loss.item() + norm.item()):
             raise ValueError(f"not finite at step {step + 1}: start again with a smaller --lr")
 
-        # The update; then the average of the weights. Early in the training its decay is about
-        # 1 - 9/step, so that it spans the last ninth of the steps so far. Later the decay is
-        # recipe["average"], and it spans the last 1 / (1 - average) steps.
+        # The update; then the average of the weights. Its decay, about 1 - 9/step, lets it span the
+        # last ninth of the steps so far. It may rise to recipe["average"], where it spans the last
+        # 1 / (1 - average) steps: with 0.998 after 4,490 steps.
         optimizer.step()
         decay = min(recipe["average"], (1 + step) / (10 + step))
         with torch.no_grad():
@@ -429,7 +430,7 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if name == "cuda":               # torchrun counts the processes of one machine
+        if name == "cuda":               # under torchrun, each process has a GPU of its own
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:        # it depends on how torch was built
@@ -460,8 +461,8 @@ def save_checkpoint(path, facts, past, modules, keep_old=False):
 def resume_from(path, facts, past, modules, defaults):
     """Fill the modules from a checkpoint: -> what it has of the entries of past.
 
-    defaults    of the settings. One that is newer than the checkpoint is not in it: it had its
-                default value then
+    defaults    of the settings: a checkpoint from before a setting was added counts as made with
+                its default
     Raises ValueError if the checkpoint has other settings, data or modules.
     """
     checkpoint = read_checkpoint(path)
@@ -608,7 +609,8 @@ def load_folder(folder, size):
         images = images[:, :1]
     x, test_x = images.split([len(train), len(test)])
 
-    # The files come sorted by class. --limit and --holdout want any part of them mixed.
+    # The files come sorted by class. --limit and --holdout take a part, and all classes should be
+    # in it.
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return as_data(data_name(folder), x[order], y[order], test_x, test_y, classes)
 
@@ -791,26 +793,30 @@ def shift_and_flip(images, padding=2):
 
 def changed(recipe):
     """What differs from the recipe of that name: "lr=0.001,epochs=3". Not model, dataset, seed."""
-    columns = {key: recipe[key] for key in ("recipe", "model", "dataset", "seed")}
-    same = RECIPES[recipe["recipe"]] | columns
-    return ",".join(f"{key}={recipe[key]}" for key in recipe if recipe[key] != same[key])
+    columns, same = ("recipe", "model", "dataset", "seed"), RECIPES[recipe["recipe"]]
+    return ",".join(f"{key}={value}" for key, value in recipe.items()
+                    if key not in columns and value != same[key])
 
 
-def result(name, recipe, data, device, run):
-    """A finished run's row of that name; printed as a RESULT line, which is easy to find with grep.
+def result(name, recipe, data, device, trained):
+    """The row of a finished run, called name.
 
     The score is that of the last epoch: to choose the best one would be to choose on test images.
     """
-    row = {
+    return finished({
         "model": name,
         "dataset": data.name,
         "seed": recipe["seed"],
-        "params": sum(p.numel() for p in run.average.parameters()),
+        "params": sum(p.numel() for p in trained.average.parameters()),
         "epochs": recipe["epochs"],
-        **run.task.score(*run.scores[-1]),
-        "seconds": f"{run.log[-1][2]:.0f}",
+        **trained.task.score(*trained.scores[-1]),
+        "seconds": f"{trained.log[-1][2]:.0f}",
         "recipe": f"{recipe['recipe']}:{changed(recipe)}".strip(":"),
-    }
+    }, device)
+
+
+def finished(row, device):
+    """Print a row as a RESULT line, which is easy to find with grep: -> it, and how it was made."""
     print("RESULT", *(f"{column}={value}" for column, value in row.items()), flush=True)
     command = "python " + shlex.join(sys.argv)
     return row | {"device": describe(device), "torch": torch.__version__, "command": command}
@@ -974,8 +980,8 @@ def parse(arguments):
         add("--" + setting.replace("_", "-"), default=value, help=f"default {value}", **kind)
     add("--compare", action="store_true", help="train each of --models with each of --seeds")
     add("--models", nargs="+", choices=ROWS[name], metavar="MODEL",
-        help=f"of --compare; default {' '.join(ROWS[name])}")
-    add("--seeds", nargs="+", type=whole, help="of --compare; default 0")
+        help=f"with --compare: which rows; default {' '.join(ROWS[name])}")
+    add("--seeds", nargs="+", type=whole, help="with --compare: which seeds; default 0")
     add("--name", help="what files are called; default: the recipe")
     add("--quick", action="store_true", help="2 epochs of 6,400 images; 1 of 640 by pixels")
     add("--limit", type=whole, default=0, help="train on so many images only; 0: all")
@@ -985,8 +991,9 @@ def parse(arguments):
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--predict", nargs="+", metavar="FILE", help="tell the classes of pictures, or of a "
         "folder of pictures, by the trained model; they are stretched to its size")
-    add("--checkpoint", help="of --predict; default: that of --name, --model and --seed")
-    add("--invert", action="store_true", help="of --predict: exchange dark and light. MNIST is "
+    add("--checkpoint", help="with --predict: by which model; default: that of --name, "
+        "--model and --seed")
+    add("--invert", action="store_true", help="with --predict: exchange dark and light. MNIST is "
         "light ink on black: dark ink on light paper needs this")
     add("--data", choices=["auto", "real", "synthetic"], default="auto",
         help="default auto: synthetic digits if MNIST cannot be had")
@@ -1135,8 +1142,10 @@ def run(args, recipe):
 
 
 def run_script(script, run):
-    """Run what a script is asked for, and answer a mistake in one line. Scripts that import this
-    one use it, too."""
+    """Call run(). An error or Ctrl-C ends the script with one line in place of a traceback.
+
+    The other scripts use it, too.
+    """
     if hasattr(sys.stdout, "reconfigure"):       # a terminal or a log may not know all letters
         sys.stdout.reconfigure(errors="replace")
     try:

@@ -6,8 +6,8 @@ Vision Mamba scans an image forward and backward, and fuses what the two scans s
     y      = fuse(S6→(tokens), S6←(tokens))       one scan from the first patch, one from the last
     logits = head(pool(norm(blocks(tokens))))
 
-A scan carries information one way only: to a causal model, the upper left corner of a digit never
-knows what the lower right looks like. The bidirectional block scans the same tokens twice, each
+A scan carries information one way only: in a causal model the tokens of the upper left corner never
+see the lower right. The bidirectional block scans the same tokens twice, each
 time with a convolution and an S6 of its own, the second time in reverse, and fuses the two outputs
 by average or concatenation. (Vision Mamba's paper adds them; the released models also divide by 2.)
 
@@ -42,8 +42,8 @@ POSITIONS = ("patches", "axes", "none")
 class PixelNorm(RMSNorm):
     """RMSNorm over the channels of each pixel: (b, channels, height, width), in and out.
 
-    Not BatchNorm or GroupNorm: statistics of the whole image, or of the batch, would tell the first
-    token about the last, and the causal model would not be causal.
+    Not BatchNorm or GroupNorm: they would tell each token about the whole image, or the batch. So
+    a token sees its neighbours alone (with these stems, some in the row below, too).
     """
 
     def forward(self, x):
@@ -77,15 +77,15 @@ class Stem(nn.Module):
              pixels for a patch of 4
     "deep"   for photographs: five full convolutions, of d_model/4, d_model/2 and three times
              d_model channels. The first three shrink the image as above; the last two, on the small
-             image, are most of the work. Each token sees 28×28 pixels for a patch of 4, and so the
-             rows below it
+             image, are most of the work. Each token sees 28×28 pixels for a patch of 4
     Raises ValueError for another kind, and a patch or d_model that the convolutions cannot have.
     """
 
     def __init__(self, channels, d_model, patch=4, kind="conv"):
         super().__init__()
         self.channels = channels
-        if choose("stem", kind, STEMS) == "patch":
+        choose("stem", kind, STEMS)
+        if kind == "patch":
             self.net = nn.Conv2d(channels, d_model, patch, stride=patch)
             return
         if patch not in (2, 4):          # see _conv: a stride is 1 or 2
@@ -187,8 +187,10 @@ class ImageClassifier(nn.Module):
                              f"{image_size[1]} pixels")
         self.image_size, self.pool = tuple(image_size), choose("pool", pool, POOLS)
         self.stem = Stem(channels, d_model, patch, stem)
-        rows, columns = self.grid = image_size[0] // patch, image_size[1] // patch
-        self.axes = choose("position", position, POSITIONS) == "axes"
+        rows, columns = image_size[0] // patch, image_size[1] // patch
+        self.grid = rows, columns
+        choose("position", position, POSITIONS)
+        self.axes = position == "axes"
         vectors = rows + columns if self.axes else rows * columns
         self.position = None
         if position != "none":

@@ -1048,21 +1048,22 @@ def parse(arguments):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--task", choices=TASKS, nargs="+", default=["digits", "needle"], metavar="TASK",
-        help=f"of {', '.join(TASKS)}; default digits needle")
+        help=f"{', '.join(TASKS)}; default digits needle")
     add("--name", help="what the files of one task are called")
     add("--digit", type=between(int, 0, 9), default=7, help="the one to draw; default 7")
     add("--index", type=whole, default=0, help="which of its test images; default 0")
     add("--checkpoint", nargs="+", metavar="FILE",
-        help="of digits or text; default: every seed in --out, of a full training if there is one")
+        help="digits and text: by which models; default: every seed in --out, of a full training "
+        "if there is one")
     add("--models", nargs="+", choices=LEARNERS, metavar="MODEL",
-        help=f"of needle and copying: {', '.join(LEARNERS)}")
-    add("--seeds", type=whole, nargs="+", default=[0], help="of needle and copying; default 0")
+        help=f"needle and copying: {', '.join(LEARNERS)}")
+    add("--seeds", type=whole, nargs="+", default=[0], help="needle and copying; default 0")
     add("--steps", type=between(int, 1),
-        help=f"of needle, default {NEEDLE_STEPS}; of copying, default {COPYING_STEPS}")
+        help=f"needle, default {NEEDLE_STEPS}; copying, default {COPYING_STEPS}")
     add("--lr", type=between(float, 1e-6),
-        help="of needle and copying: one learning rate for all; default: see NEEDLE_RATES")
+        help="needle and copying: one learning rate for all; default: see NEEDLE_RATES")
     add("--length", type=between(int, COPIED + 1),
-        help="of copying; default 256; the paper's: 4096")
+        help="copying: tokens; default 256 (the paper has 4096)")
     add("--quick", action="store_true", help="needle and copying: fewer steps and lengths")
     add("--resume", action="store_true",
         help="take the models of needle and copying that are in --out, and train the others")
