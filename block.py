@@ -109,7 +109,7 @@ class ConvS6(nn.Module):
         self.conv1d = nn.Conv1d(d, d, d_conv, groups=d)     # holds the weights: see causal_conv
         self.s6 = S6(d, n, **s6)
 
-    def forward(self, a, state=None, mask=None, *, method="auto"):
+    def forward(self, a, state=None, mask=None):
         """a (b, l, d) -> y (b, l, d), and the State after the last token; or (b, d) -> (b, d).
 
         state   the State to go on from, or None
@@ -138,7 +138,7 @@ class ConvS6(nn.Module):
 
         seen = torch.cat([window.to(a.dtype), a], 1)                           # (b, w-1+l, d)
         x = F.silu(causal_conv(seen, conv1d.weight, conv1d.bias))              # (b, l, d)
-        y, h = self.s6(x, h0, mask, method=method)
+        y, h = self.s6(x, h0, mask)
 
         # The next window: the last w-1 real tokens.
         if mask is None:                 # a copy: the state would keep all of `seen` otherwise
@@ -178,11 +178,11 @@ class Mamba(nn.Module):
         self.path = ConvS6(d, n, **settings)
         self.out_proj = nn.Linear(d, d_model, bias=False)
 
-    def forward(self, x, state=None, mask=None, *, method="auto"):
+    def forward(self, x, state=None, mask=None):
         """State, mask and errors as for ConvS6; y is 0 at padding whose x is finite."""
         check_sequence(self, x, self.d_model, mask, state)
         a, z = self.in_proj(x).chunk(2, dim=-1)                                # (b, l, d) each
-        y, state = self.path(a, state, mask, method=method)
+        y, state = self.path(a, state, mask)
         return self.out_proj(y * F.silu(z)), state                             # (b, l, d_model)
 
 
@@ -194,7 +194,7 @@ class MambaBlock(nn.Module):
         self.norm = RMSNorm(d_model)
         self.mixer = Mamba(d_model, n, **settings)
 
-    def forward(self, x, state=None, mask=None, *, method="auto", return_state=True):
+    def forward(self, x, state=None, mask=None, *, return_state=True):
         """x (b, l, d_model) -> the same shape, and the State after x. Errors as for ConvS6.
 
         return_state    has no effect; the S4Block of rnn.py needs it, and PixelLM calls both alike
@@ -203,7 +203,7 @@ class MambaBlock(nn.Module):
         real = x
         if mask is not None:             # a NaN in the padding would reach the gradients
             real = x.masked_fill((mask == 0).unsqueeze(-1), 0)
-        y, state = self.mixer(self.norm(real), state, mask, method=method)
+        y, state = self.mixer(self.norm(real), state, mask)
         return x + y, state
 
 
@@ -229,7 +229,7 @@ class MambaLM(nn.Module):
         self.norm_f = RMSNorm(d_model)
         scale_residuals(self.layers)
 
-    def forward(self, tokens, states=None, mask=None, *, method="auto"):
+    def forward(self, tokens, states=None, mask=None):
         """tokens (b, l) -> logits (b, l, vocabulary), and a list of one State per layer.
 
         With states tokens may also be one of each text, (b,): -> logits (b, vocabulary), states.
@@ -244,8 +244,8 @@ class MambaLM(nn.Module):
             raise ValueError(f"MambaLM: there are {len(states)} states for {len(self.layers)} "
                              f"layers")
         x, new = self.embedding(tokens), []                                    # (b, l, d_model)
-        for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
-            x, state = layer(x, state, mask, method=method)
+        for layer, state in zip(self.layers, states or [None] * len(self.layers)):
+            x, state = layer(x, state, mask)
             new.append(state)
         return F.linear(self.norm_f(x), self.embedding.weight), new
 

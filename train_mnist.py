@@ -536,6 +536,7 @@ def as_data(name, train_images, train_labels, test_images, test_labels, classes)
     share /= share.sum(1, keepdim=True)
     values = torch.arange(256).double() / 255
     mean = share @ values                                          # (c,)
+    # At least 1/255: images of one grey have no deviation, and would be divided by 0.
     std = (share @ values ** 2 - mean ** 2).clamp(min=1 / 255 ** 2).sqrt()
     mean, std = (t.round(decimals=4).float().view(-1, 1, 1) for t in (mean, std))
     return Data(name, train_images, train_labels, test_images, test_labels, classes, mean, std)
