@@ -714,9 +714,9 @@ def gate_panels(models, tokens):
 
 TAUGHT = (8, 16, 32, 64, 128, 256)       # lengths in training
 NEEDLE_STEPS, QUICK_STEPS = 600, 300
-# Learning rates. Each model has the one with which it found most needles, all lengths together, with
-# seed 3 (results/needle_rates.csv); of "selective-zoh" no other was tried. The rate decides much:
-# with 1e-2 "selective" finds 86 % among 4,096 tokens, with 3e-2 all among a million.
+# Learning rates. Each model has the one with which it found most needles, all lengths together,
+# with seed 3 (results/needle_rates.csv); of "selective-zoh" no other was tried. The rate decides
+# much: with 1e-2 "selective" finds 86 % among 4,096 tokens, with 3e-2 all among a million.
 NEEDLE_RATES = {"selective": 3e-2, "selective-zoh": 1e-2, "fixed-delta": 3e-3, "fixed": 1e-2,
                 "s4": 1e-2, "rnn": 1e-3}
 PER_STEP = 4096                          # tokens of a step
