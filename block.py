@@ -54,7 +54,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from s6 import S6, check_folders, check_sequence, kept_for_backward, write_rows
+from s6 import S6, check_folders, check_sequence, full, kept_for_backward, write_rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class ConvS6(nn.Module):
             raise ValueError(f"ConvS6: the window of the state must have shape {(b, w - 1, d)}, "
                              f"got {tuple(window.shape)}")
         if a.ndim == 2:
-            return self._one_token(a, state)
+            return self._one_token(a, window, h0)
         if mask is not None:
             # The convolution would see padding between two words. So padding moves behind the last
             # real token, where no real token sees it, and in the end y moves back.
@@ -150,13 +150,13 @@ class ConvS6(nn.Module):
         y = _take(y, torch.argsort(order, dim=1)).masked_fill(padding, 0)
         return y, State(window, h)
 
-    def _one_token(self, a, state):
-        """The convolution and the recurrence once: a (b, d) and a State -> y (b, d), State."""
+    def _one_token(self, a, window, h):
+        """The convolution and the recurrence once: a (b, d), and a State -> y (b, d), State."""
         # (Calling conv2d, as `causal_conv` does, is seven times as slow for one token.)
-        window = torch.cat([state.window, a.unsqueeze(1)], 1)                  # (b, w, d)
+        window = torch.cat([window, a.unsqueeze(1)], 1)                        # (b, w, d)
         kernel = self.conv1d.weight.squeeze(1).t()                             # (w, d)
         x = F.silu((window * kernel).sum(1) + self.conv1d.bias)                # (b, d)
-        y, h = self.s6(x, state.h)
+        y, h = self.s6(x, h)
         return y, State(window[:, 1:], h)
 
 
@@ -345,6 +345,7 @@ def sample(logits, temperature, top_k, generator):
     largest where it is. So a temperature of 0 needs no case of its own, and takes the likeliest
     token.
     """
+    logits = full(logits)                # in bfloat16 many sums would be equal
     if top_k is not None and top_k < logits.shape[1]:
         lowest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -math.inf)

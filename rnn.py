@@ -208,7 +208,7 @@ class S4(nn.Module):
             y, h = self._recur(full(x), h)
         else:
             y, h = self._convolve(full(x), h, return_state)
-        return (y + self.D * x).to(x.dtype), h
+        return (y + full(self.D) * full(x)).to(x.dtype), h
 
     def _recur(self, x, h):
         delta_A, B_bar = self.discretize()

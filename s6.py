@@ -181,6 +181,7 @@ class S6(nn.Module):
         mask    (b, l) or None: where it is 0 the token is padding, and leaves the state as it was
         Raises ValueError for another width, another mask, and as `selective_scan` does.
         """
+        choose("method", method, METHODS)
         check_sequence(self, x, len(self.D), mask, h0)
         if x.ndim == 2:
             return self._one_token(x, h0)
@@ -219,7 +220,7 @@ class S6(nn.Module):
         held = hold * x.unsqueeze(-1)
         h = torch.exp(delta_A) * h + held * B.unsqueeze(1)           # (b, d, n)
         y = (h * C.unsqueeze(1)).sum(-1)                             # (b, d)
-        return (y + self.D * x).to(x.dtype), h
+        return (y + full(self.D) * full(x)).to(x.dtype), h
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
     y, h = _scan(*inputs, h, _pieces(x, n, method), discretization == "zoh")
 
     if D is not None:
-        y = y + D * x
+        y = y + D.to(dtype) * x.to(dtype)
     y = y.to(x.dtype)
     if return_state:
         return y, h.transpose(1, 2)
@@ -637,10 +638,12 @@ def check_sequence(layer, x, d, mask=None, state=None):
 
     With a state x may also be one token, (b, d), without a mask.
     """
-    fits = x.ndim == 3 or (x.ndim == 2 and state is not None and mask is None)
+    fits = x.ndim == 3 or (x.ndim == 2 and state is not None)
     if not fits or x.shape[-1] != d:
         raise ValueError(f"{type(layer).__name__}: x must have shape (b, l, {d}), "
                          f"got {tuple(x.shape)}")
+    if mask is not None and x.ndim == 2:
+        raise ValueError(f"{type(layer).__name__}: a single token takes no mask")
     if mask is not None and mask.shape != x.shape[:2]:
         raise ValueError(f"{type(layer).__name__}: mask must have shape (b, l) = "
                          f"{tuple(x.shape[:2])}, got {tuple(mask.shape)}")
@@ -693,10 +696,14 @@ def write(path, make, keep_old=False):
     try:
         with open(part, "wb") as file:
             make(file)
-        if keep_old and os.path.exists(path):
+        keep_old = keep_old and os.path.exists(path)
+        if keep_old:
             os.replace(path, f"{path}.old")
-            print(f"the earlier {path} is now {path}.old")
         os.replace(part, path)
+        if keep_old:                     # only now: printing may fail
+            print(f"the earlier {path} is now {path}.old")
+    except RuntimeError as error:        # torch.save does not say what kept it from writing
+        raise OSError(f"cannot write {path}: the disk may be full") from error
     finally:
         Path(part).unlink(missing_ok=True)
 

@@ -291,6 +291,7 @@ def train(recipe, data, device, path, resume):
         with autocast:
             net = graphed(model, inputs)
 
+    on_screen = sys.stdout is not None and sys.stdout.isatty()     # log files stay short
     for step in range(len(log), steps):
         start = time.perf_counter()
 
@@ -332,7 +333,7 @@ def train(recipe, data, device, path, resume):
         right = (logits.argmax(1) == targets).float().mean()
         seconds = (log[-1][2] if log else 0.0) + time.perf_counter() - start
         log.append((loss.item(), right.item(), seconds))
-        if (step + 1) % 20 == 0 and sys.stdout.isatty():           # log files stay short
+        if (step + 1) % 20 == 0 and on_screen:
             print(progress(log, steps, 100), end="\r", flush=True)
 
         # At the end of an epoch, test the averaged weights. Save then, and every SAVE_EVERY steps.
@@ -344,9 +345,6 @@ def train(recipe, data, device, path, resume):
                   f"{nats:.4f} nats, {percent:.2f} % right", flush=True)
         if epoch_ends or (step + 1) % SAVE_EVERY == 0:
             save_checkpoint(path, facts, past, modules)
-
-    if RANK == 0 and read_checkpoint(path)["log"] != log:
-        raise ValueError(f"{path} is by another training now: give each a --name of its own")
     return Run(average, task, log, scores)
 
 
@@ -450,12 +448,20 @@ def describe(device):
 # Checkpoints.
 
 def save_checkpoint(path, facts, past, modules, keep_old=False):
-    """All that `train` needs to go on, and that others need to rebuild the model and use it."""
+    """All that `train` needs to go on, and that others need to rebuild the model and use it.
+
+    Raises ValueError if the file at path is by another training: two would overwrite each other.
+    """
+    if RANK > 0:
+        return
+    if not keep_old and os.path.exists(path):
+        earlier = read_checkpoint(path)["log"]         # of this training: the beginning of its log
+        if earlier != past["log"][:len(earlier)]:
+            raise ValueError(f"{path} is by another training now: give each a --name of its own")
     checkpoint = facts | past
     for name, module in modules.items():
         checkpoint[name] = module.state_dict()
-    if RANK == 0:
-        write(path, lambda file: torch.save(checkpoint, file), keep_old)
+    write(path, lambda file: torch.save(checkpoint, file), keep_old)
 
 
 def resume_from(path, facts, past, modules, defaults):
@@ -895,7 +901,7 @@ def draw_runs(path, runs, title):
         ax.grid(alpha=0.3, which="both")
     axes[0].legend(frameon=False)
     figure.suptitle(f"{title}: mean, and band from lowest to highest; right, a line per seed",
-                    fontsize=10)
+                    fontsize=10, parse_math=False)     # a name of the user's may have a $
     write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
@@ -924,7 +930,7 @@ def draw_completions(path, runs, data):
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
     figure.suptitle(f"{data.name}: above the line given, below it drawn pixel by pixel",
-                    fontsize=10)
+                    fontsize=10, parse_math=False)
     write(path, lambda file: figure.savefig(file, dpi=100, format="png"))
 
 

@@ -119,6 +119,7 @@ def train(recipe, text, device, path, resume):
         inputs, _ = batch(recipe, text, 0)
         net = graphed(model, inputs, model.empty_states(b))
 
+    on_screen = sys.stdout is not None and sys.stdout.isatty()     # log files stay short
     for step in range(len(log), steps):
         start = time.perf_counter()
 
@@ -169,7 +170,7 @@ def train(recipe, text, device, path, resume):
         right = (logits.argmax(1) == targets).float().mean()
         seconds = (log[-1][2] if log else 0.0) + time.perf_counter() - start
         log.append((loss.item(), right.item(), seconds))
-        if (step + 1) % 20 == 0 and sys.stdout.isatty():           # log files stay short
+        if (step + 1) % 20 == 0 and on_screen:
             print(progress(log, steps, 100), end="\r", flush=True)
 
         # At the end of an epoch, validate the averaged weights and let them write a few lines. Save
@@ -187,9 +188,6 @@ def train(recipe, text, device, path, resume):
             if states:                   # as lists: a checkpoint holds no class of ours
                 past["states"] = [list(state) for state in states]
             save_checkpoint(path, facts, past, modules)
-
-    if RANK == 0 and read_checkpoint(path)["log"] != log:
-        raise ValueError(f"{path} is by another training now: give each a --name of its own")
     return Run(average, log, scores)
 
 
@@ -490,7 +488,7 @@ def draw_loss(path, runs, recipe, text, title):
     for ax in (left, right):
         ax.grid(alpha=0.3, which="both")
         ax.legend(frameon=False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)      # a name of the user's may have a $
     write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 

@@ -186,7 +186,7 @@ def new_figure(rows, columns, size, **settings):
 
 def save_figure(name, figure, title):
     """A figure as a PNG file."""
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     write(f"figures/{name}.png", lambda file: figure.savefig(file, format="png", dpi=110))
     print(f"wrote figures/{name}.png", flush=True)
 
@@ -594,12 +594,17 @@ def generator(seed, what, number=0):
 
 
 def learn(model, optimizer, tokens, answers):
-    """One step on tokens (b, l), whose last answers.shape[1] places ask for answers: -> loss."""
+    """One step on tokens (b, l), whose last answers.shape[1] places ask for answers: -> loss.
+
+    Raises ValueError if it is not finite.
+    """
     logits = model(tokens)[0][:, -answers.shape[1]:, :SYMBOLS]
     loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not math.isfinite(loss.item() + norm.item()):
+        raise ValueError("the training is not finite any more: start again with a smaller --lr")
     optimizer.step()
     return loss.item()
 
@@ -707,10 +712,10 @@ def gate_panels(models, tokens):
 # marker somewhere, and after it the symbol to remember. At the end the marker comes again, and the
 # model must answer with that symbol.
 #
-# To find a needle a model must write at two tokens, and then leave its state alone until the end. A
-# gate can do that. A leak that does no harm over 256 tokens acts 4,096 times as long over a
-# million. So what is learned on short haystacks is tested on long ones. (A saturated tanh would not
-# leak either: what the RNN learns of this task it forgets slowly. But it learns little.)
+# To find a needle a model must write at two tokens, and keep what it wrote until the end. A gate
+# can do that. A leak that does no harm over 256 tokens acts 4,096 times as long over a million. So
+# what is learned on short haystacks is tested on long ones. (A saturated tanh would not leak
+# either: what the RNN learns of this task it forgets slowly. But it learns little.)
 
 TAUGHT = (8, 16, 32, 64, 128, 256)       # lengths in training
 NEEDLE_STEPS, QUICK_STEPS = 600, 300
@@ -871,9 +876,12 @@ def look_for_needles(args, device):
     """Teach every model, ask it at every length, and look at its gates: rows and figures."""
     name = args.name or ("needle_quick" if args.quick else "needle")
     steps = args.steps or (QUICK_STEPS if args.quick else NEEDLE_STEPS)
-    names = args.models or ["selective"]
-    if not args.models and not args.quick:
-        names = [name for name in NEEDLE_RATES if name != "selective-zoh"]
+    if args.models:
+        names = args.models
+    elif args.quick:
+        names = ["selective"]
+    else:
+        names = [model for model in NEEDLE_RATES if model != "selective-zoh"]
     longest = LONGEST_QUICK if args.quick else LONGEST
     print(f"needle: {steps} steps, seeds {args.seeds}; loss of a blind guess ln {SYMBOLS} = "
           f"{math.log(SYMBOLS):.4f}", flush=True)
@@ -1050,7 +1058,7 @@ def parse(arguments):
     add("--steps", type=between(int, 1),
         help=f"needle, default {NEEDLE_STEPS}; copying, default {COPYING_STEPS}")
     add("--lr", type=between(float, 1e-6),
-        help="needle and copying: one learning rate for all; default: see NEEDLE_RATES")
+        help="needle and copying: one learning rate for all; default: NEEDLE_RATES, COPYING_RATES")
     add("--length", type=between(int, COPIED + 1),
         help="copying: tokens; default 256 (the paper has 4096)")
     add("--quick", action="store_true", help="needle and copying: fewer steps and lengths")
