@@ -714,7 +714,8 @@ def write_rows(path, rows):
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write(path, lambda file: file.write(text.getvalue().encode()), keep_old=True)
+    data = text.getvalue().encode(errors="backslashreplace")       # a file name may be no UTF-8
+    write(path, lambda file: file.write(data), keep_old=True)
     print(f"wrote {path}", flush=True)
 
 

@@ -925,7 +925,7 @@ def draw_completions(path, runs, data):
         missing = height * width - pixels.shape[1]
         shown = F.pad(pixels.float(), (0, missing), value=math.nan).cpu()
         for ax, image in zip(row, shown.view(-1, height, width)):
-            ax.imshow(image, cmap="gray_r", vmin=0, vmax=255)
+            ax.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255)
             ax.axhline(half // width - 0.5, color="#d62728", linewidth=0.8)
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
@@ -950,7 +950,7 @@ def between(kind, low, high=math.inf):
 
 # The type of a setting says what it may be; for some, more is known.
 KINDS = {int: between(int, 1), float: between(float, 0), str: str}
-whole, fraction = between(int, 0), between(float, 0, 1)
+whole, fraction = between(int, 0, 2 ** 63 - 1), between(float, 0, 1)   # PyTorch's largest integer
 KINDS |= {"seed": whole, "layers": whole}
 KINDS |= {"average": fraction, "smoothing": fraction, "forget": fraction}
 CHOICES = {"model": MODELS, "schedule": ["cosine", "constant"],
@@ -1158,7 +1158,7 @@ def run_script(script, run):
     try:
         run()
     except (KeyboardInterrupt, BrokenPipeError):       # the latter: `| head` has seen enough
-        print(f"\n{script}: stopped; what was trained goes on with --resume", file=sys.stderr)
+        print(f"\n{script}: stopped; a training goes on with --resume", file=sys.stderr)
         os._exit(130)                    # at once: PyTorch's clean-up takes most of a second
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         sys.exit(f"{script}: {first_line(error)}")

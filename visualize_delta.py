@@ -214,14 +214,15 @@ def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1
     panel_axes = axes[-len(rows):]
     if strip is not None:
         for ax in axes[0]:
-            ax.imshow(strip, cmap="gray_r", aspect="auto", extent=(0, len(marks), 0, 1))
+            ax.imshow(strip.numpy(), cmap="gray_r", aspect="auto",
+                      extent=(0, len(marks), 0, 1))
             ax.set_yticks([])
     places = marks.nonzero().flatten() + 0.5
     for (row, column), values in panels.items():
         ax = panel_axes[rows.index(row), columns.index(column)]
         change = values[marks].mean(0) - values[~marks].mean(0)                # (d,)
         shown = values[:, change.argsort(descending=True)].t()                 # (d, l)
-        picture = ax.imshow(shown, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto",
+        picture = ax.imshow(shown.numpy(), cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto",
                             interpolation="nearest", extent=(0, len(marks), len(shown), 0))
         ax.plot(places, [0] * len(places), "v", color="black", markersize=3, clip_on=False)
         ax.set_yticks([])
@@ -341,12 +342,12 @@ def draw_digit(name, pixels, gates, title):
     figure, axes = new_figure(2, columns, (2.1 * columns + 0.6, 4.5),
                               subplot_kw={"xticks": [], "yticks": []})
     for row, (look, scans) in zip(axes, gates.items()):
-        row[0].imshow(pixels, cmap="gray_r")
+        row[0].imshow(pixels.numpy(), cmap="gray_r")
         row[0].set(ylabel=look, title="the image")
         for ax, ((label, backward), scan) in zip(row[1:], scans.items()):
             mean = opening(scan)[0].mean(-1).cpu()                             # (l,)
-            picture = ax.imshow(on_grid(mean, backward), cmap="RdBu_r", vmin=-1, vmax=1,
-                                extent=(0, side, side, 0))
+            grid = on_grid(mean, backward).numpy()
+            picture = ax.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, extent=(0, side, side, 0))
             ax.contour(middle, middle, pixels, levels=[127], colors="black", linewidths=1)
             ax.set_title(label, fontsize=9)
     bar = figure.colorbar(picture, ax=axes, shrink=0.8, label="Δ / its resting value")
