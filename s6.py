@@ -16,8 +16,9 @@ A CPU takes the sequential scan, unless a time step is narrow (b·d·n < 2^14) a
 tokens or more. A GPU takes the parallel one. It has its own section: skip it on a first reading.
 
 Left out: the authors' fused CUDA kernel. In one launch it computes Δ = softplus(… + bias), this
-recurrence, D x and the gate y · SiLU(z) of block.py, and h never leaves the GPU's fast on-chip
-memory. A second launch computes the gradients, and for that the states again.
+recurrence, D x and the gate y · SiLU(z) of block.py. Its x and Δ lie as (b, d, l). Of the states
+only every 2,048th leaves the GPU's fast on-chip memory; a second launch, for the gradients, starts
+from these and computes the others again.
 
 `python s6.py` measures time and memory over length, in half a minute: a table,
 results/scan_scaling.csv and figures/scan_scaling.png.

@@ -118,7 +118,8 @@ RECIPES["next-pixel"] = dict(
     dataset="mnist", task="next-pixel",
     model="causal",                      # MambaBlocks, one path each; or s4, which is causal, too
     seed=0, epochs=1, batch=16,
-    lr=6e-3, schedule="cosine", clip=1.0, weight_decay=0.05, average=0.998,
+    lr=2.4e-2,                           # the best of four on held-out images, with both models
+    schedule="cosine", clip=1.0, weight_decay=0.05, average=0.998,
     smoothing=0.0, bf16=False,
     n=16, discretization="euler", selection="all",
     oscillate=True,                      # S4; False: its A is real, as Mamba's is
@@ -742,7 +743,7 @@ def shrink(data, args):
     if args.limit:
         name += f"-limit-{args.limit}"
         x, y = x[:args.limit], y[:args.limit]
-    if args.quick:                       # a pixel per token takes over ten times as long
+    if args.quick:                       # a pixel per token takes ten times as long
         name += "-quick"
         by_pixels = vars(args).get("patch", 1) == 1
         count, test_count = (640, 100) if by_pixels else (6400, 1000)

@@ -945,7 +945,7 @@ def look_at_needles(name, models, device):
 
 COPIED = 16          # symbols to repeat
 COPYING_STEPS, COPYING_QUICK = 3000, 60
-# S4 is slightly better with its rate than with 1e-2 (results/copying_rates.csv); for the others no
+# S4 is hardly better with its rate than with 1e-2 (results/copying_rates.csv); for the others no
 # other was tried.
 COPYING_RATES = dict.fromkeys(LEARNERS, 1e-2) | {"s4": 3e-2}
 
