@@ -7,9 +7,9 @@ Vision Mamba scans an image forward and backward, and fuses what the two scans s
     logits = head(pool(norm(blocks(tokens))))
 
 A scan carries information one way only: in a causal model the tokens of the upper left corner never
-see the lower right. The bidirectional block scans the same tokens twice, each
-time with a convolution and an S6 of its own, the second time in reverse, and fuses the two outputs
-by average or concatenation. (Vision Mamba's paper adds them; the released models also divide by 2.)
+see the lower right. The bidirectional block scans the same tokens twice, each time with a
+convolution and an S6 of its own, the second time in reverse. Then it fuses the two outputs by
+average or concatenation. (Vision Mamba's paper adds them; the released models also divide by 2.)
 
 Where the tokens are single pixels, an image can also be drawn: `PixelLM` guesses each pixel from
 those before it.
@@ -29,11 +29,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from block import ConvS6, RMSNorm, scale_residuals
-from s6 import check_sequence, choose
+from s6 import choose
 
-DIRECTIONS, FUSIONS = ("bidirectional", "causal", "forward"), ("average", "concat")
-STEMS, POOLS = ("conv", "deep", "patch"), ("mean", "max", "last")
+DIRECTIONS = ("bidirectional", "causal", "forward")
+FUSIONS = ("average", "concat")
+STEMS = ("conv", "deep", "patch")
 POSITIONS = ("patches", "axes", "none")
+POOLS = {  # tokens (b, l, width) -> (b, width)
+    "mean": lambda x: x.mean(1),
+    "max": lambda x: x.amax(1),
+    "last": lambda x: x[:, -1],
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -78,12 +84,11 @@ class Stem(nn.Module):
     "deep"   for photographs: five full convolutions, of d_model/4, d_model/2 and three times
              d_model channels. The first three shrink the image as above; the last two, on the small
              image, are most of the work. Each token sees 28×28 pixels for a patch of 4
-    Raises ValueError for another kind, and a patch or d_model that the convolutions cannot have.
+    Raises ValueError for another kind, and for a patch that the convolutions cannot have.
     """
 
     def __init__(self, channels, d_model, patch=4, kind="conv"):
         super().__init__()
-        self.channels = channels
         choose("stem", kind, STEMS)
         if kind == "patch":
             self.net = nn.Conv2d(channels, d_model, patch, stride=patch)
@@ -91,8 +96,6 @@ class Stem(nn.Module):
         if patch not in (2, 4):          # see _conv: a stride is 1 or 2
             raise ValueError(f"the {kind} stem is made for a patch of 2 or 4, got {patch}: the "
                              f"stem \"patch\" takes any")
-        if d_model < 4:
-            raise ValueError(f"d_model must be 4 or more, got {d_model}")
         if kind == "conv":
             self.net = nn.Sequential(
                 *_conv_norm(channels, 16, 1), *_conv_norm(16, 32, 2),
@@ -105,10 +108,6 @@ class Stem(nn.Module):
                 _conv(d_model, d_model, 1))
 
     def forward(self, images):
-        """Raises ValueError for another number of channels."""
-        if images.ndim != 4 or images.shape[1] != self.channels:
-            raise ValueError(f"images must have shape (b, {self.channels}, height, width), "
-                             f"got {tuple(images.shape)}")
         return self.net(images).flatten(2).transpose(1, 2)                     # (b, l, d_model)
 
 
@@ -146,16 +145,16 @@ class VisionBlock(nn.Module):
         self.out_proj = nn.Linear(width, d_model, bias=False)
 
     def forward(self, x):
-        """Raises ValueError for another width."""
-        check_sequence(self, x, len(self.norm.weight))
         a, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)                     # (b, l, d) each
         gate = F.silu(z)
         first, _ = self.first(a)         # an image is read whole: its last state is not needed
         if self.direction == "forward":
             return x + self.out_proj(first * gate)
-        backward = self.direction == "bidirectional"
-        second, _ = self.second(a.flip(1) if backward else a)
-        second = second.flip(1) if backward else second
+        if self.direction == "bidirectional":
+            second, _ = self.second(a.flip(1))                     # from the last token to the first
+            second = second.flip(1)
+        else:                            # "causal": forward again
+            second, _ = self.second(a)
         if self.fuse == "average":
             y = (first + second) * (0.5 * gate)                                # (b, l, d)
         else:                            # "concat"
@@ -179,17 +178,22 @@ class ImageClassifier(nn.Module):
     pool.
     """
 
+    no_decay = ("position",)
+
     def __init__(self, body, d_model, width, *, image_size=(28, 28), channels=1, patch=4,
                  classes=10, stem="conv", position="patches", pool="mean"):
         super().__init__()
         if any(side % patch for side in image_size):
             raise ValueError(f"patch {patch} does not divide an image of {image_size[0]}x"
                              f"{image_size[1]} pixels")
-        self.image_size, self.pool = tuple(image_size), choose("pool", pool, POOLS)
-        self.stem = Stem(channels, d_model, patch, stem)
-        rows, columns = image_size[0] // patch, image_size[1] // patch
-        self.grid = rows, columns
         choose("position", position, POSITIONS)
+        choose("pool", pool, tuple(POOLS))
+        self.pool = POOLS[pool]
+        self.shape = (channels, *image_size)
+        self.stem = Stem(channels, d_model, patch, stem)
+        rows = image_size[0] // patch
+        columns = image_size[1] // patch
+        self.grid = (rows, columns)
         self.axes = position == "axes"
         vectors = rows + columns if self.axes else rows * columns
         self.position = None
@@ -201,23 +205,16 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images):
         """Raises ValueError for images of another shape than the model was made for."""
-        if images.ndim == 4 and tuple(images.shape[2:]) != self.image_size:
-            raise ValueError(f"images must have {self.image_size[0]}x{self.image_size[1]} pixels, "
-                             f"got shape {tuple(images.shape)}")
+        if images.ndim != 4 or images.shape[1:] != self.shape:
+            raise ValueError(f"images must have shape (b, *{self.shape}), got "
+                             f"{tuple(images.shape)}")
         x = self.stem(images)                                                  # (b, l, d_model)
-        if self.position is not None:
-            position = self.position
-            if self.axes:
-                position = along_axes(position, *self.grid)                    # (l, d_model)
-            x = x + position
+        if self.axes:
+            x = x + along_axes(self.position, *self.grid)
+        elif self.position is not None:
+            x = x + self.position
         x = self.norm(self.body(x))                                            # (b, l, width)
-        if self.pool == "mean":
-            x = x.mean(1)
-        elif self.pool == "max":
-            x = x.amax(1)
-        else:
-            x = x[:, -1]
-        return self.head(x)                                                    # (b, classes)
+        return self.head(self.pool(x))                                         # (b, classes)
 
 
 class VisionMamba(ImageClassifier):
@@ -242,7 +239,7 @@ BEGIN = GREYS        # the token before the first pixel
 class PixelLM(nn.Module):
     """Tokens (b, l) int64, BEGIN and then pixels -> logits (b, l, 256) for the pixel after each.
 
-    blocks      MambaBlocks, or the S4Blocks of rnn.py: block(x, state, return_state=…) -> y, state
+    blocks      MambaBlocks, or the S4Blocks of rnn.py: block(x, state) -> y, state
     d_model     their width
     image_size  (height, width)
 
@@ -250,6 +247,8 @@ class PixelLM(nn.Module):
     the row and the column of the pixel that it must guess. All else, the row above included, must
     come from the state.
     """
+
+    no_decay = ("position",)
 
     def __init__(self, blocks, d_model, image_size=(28, 28)):
         super().__init__()
@@ -263,28 +262,25 @@ class PixelLM(nn.Module):
 
     def forward(self, tokens):
         """tokens (b, l) -> logits (b, l, 256), from the beginning of an image on."""
-        return self.read(tokens, return_state=False)[0]
+        return self.read(tokens)[0]
 
-    def read(self, tokens, past=None, *, return_state=True):
+    def read(self, tokens, past=None):
         """The same, and what to go on from: how many tokens were read, and the blocks' states.
 
-        past            what an earlier call returned beside the logits; None at the beginning
-        return_state    False: for S4Blocks, which compute it apart: they give None as state
-        Raises ValueError for another shape, and for more tokens than the image has pixels.
+        past    what an earlier call returned beside the logits; None at the beginning
+        Raises ValueError for more tokens than the image has pixels.
         """
-        if tokens.ndim != 2:
-            raise ValueError(f"PixelLM: tokens must have shape (b, l), got {tuple(tokens.shape)}")
-        l, (height, width) = tokens.shape[1], self.image_size
         place, states = past or (0, [None] * len(self.blocks))
-        if place + l > height * width:
-            raise ValueError(f"PixelLM: {place + l} tokens, and an image of {height}x{width} "
-                             f"pixels takes {height * width}")
-        position = along_axes(self.position, height, width)[place:place + l]   # (l, d_model)
-        x, new = self.embedding(tokens) + position, []                         # (b, l, d_model)
+        end = place + tokens.shape[1]
+        position = along_axes(self.position, *self.image_size)                 # (h·w, d_model)
+        if end > len(position):
+            raise ValueError(f"PixelLM: {end} tokens, and the image has {len(position)} pixels")
+        new = []
+        x = self.embedding(tokens) + position[place:end]                       # (b, l, d_model)
         for block, state in zip(self.blocks, states, strict=True):
-            x, state = block(x, state, return_state=return_state)
+            x, state = block(x, state)
             new.append(state)
-        return self.head(self.norm(x)), (place + l, new)
+        return self.head(self.norm(x)), (end, new)
 
 
 @torch.inference_mode()
@@ -295,7 +291,9 @@ def complete(model, given, length, seed):
     sampled from softmax(logits). The same seed draws the same pixels.
     """
     generator = torch.Generator().manual_seed(seed)
-    tokens, states, pixels = F.pad(given, (1, 0), value=BEGIN), None, [given]
+    tokens = F.pad(given, (1, 0), value=BEGIN)                                 # (b, 1+g)
+    states = None
+    pixels = [given]
     for _ in range(length - given.shape[1]):
         logits, states = model.read(tokens, states)
         chances = logits[:, -1].softmax(-1).cpu()                              # (b, 256)
