@@ -69,7 +69,7 @@ class RNN(nn.Module):
 
 
 class PlainLM(nn.Module):
-    """The interface of MambaLM around other layers: tokens (b, l) -> logits (b, l, vocabulary), states.
+    """Tokens (b, l) -> logits (b, l, vocabulary), states: as MambaLM, around other layers.
 
     layers    modules, layer(x, state) -> y, state: RNNs, or S4Blocks
     width     of the last layer's y, (b, l, width)

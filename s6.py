@@ -172,9 +172,10 @@ def find_padding(mask, x):
 # Why Δ is called a gate (theorem 1). Let n = 1, A = -1, B = 1, Δ = softplus(z) = ln(1 + exp(z)).
 # Under zero-order hold Ā = exp(-Δ) = 1 - σ(z) and B̄ = 1 - Ā = σ(z), where σ is the sigmoid:
 #     h_t = (1 - σ(z_t)) h_{t-1} + σ(z_t) x_t
-# a gated RNN, a relative of GRU and LSTM. (What Mamba has beside such a gate is a larger state:
-# visualize_delta.py sets it beside a GRU.) Under Euler x_t has the weight softplus(z) instead, which
-# grows without bound. A itself is not made from x: Δ multiplies it, and so Ā is selective already.
+# a gated RNN, a relative of GRU and LSTM. (What Mamba has beside the gate is room, a larger state:
+# visualize_delta.py compares it with a GRU.) Under Euler x_t has the weight softplus(z) instead,
+# which grows without bound. A itself is not made from x: Δ multiplies it, and so Ā is selective
+# already.
 
 class S6(nn.Module):
     """x (b, l, d) -> y (b, l, d), state: Δ, B, C from x, and the scan. Official parameter names.
@@ -514,8 +515,9 @@ _backward = script(_backward)            # here, since TorchScript compiles what
 class _Scan(torch.autograd.Function):
     """The scan in k pieces, with its gradient. Inside, A is (n, d) and states are (b, n, d).
 
-    k = 1 is the sequential scan: then `_fold` and `_unfold` change nothing, `_start_states` gives
-    h0, and `_end_gradients` grad_h. The inputs are kept, and every `keep`-th state.
+    k = 1 is the sequential scan: then `_fold` and `_unfold` give back what they get, as
+    `_start_states` does with h0 and `_end_gradients` with grad_h. The inputs are kept for the
+    gradient, and every `keep`-th state.
     """
 
     @staticmethod
@@ -525,7 +527,7 @@ class _Scan(torch.autograd.Function):
         inputs = (x, delta, A, B, C)
         u = x if zoh else delta * x
         with torch.autocast(x.device.type, enabled=False):   # the state stays in float32
-            u, delta, B, C = (_fold(t, k) for t in (u, delta, B, C))
+            u, delta, B, C = _fold([u, delta, B, C], k)
             h0 = _start_states(u, delta, A, B, h0, k, zoh)
             # Keep every √T-th of the T states. Of pieces no more than every 12th: they are short
             # and many, and √T states of each would add up.
@@ -535,8 +537,8 @@ class _Scan(torch.autograd.Function):
                 ctx.keep = max(ctx.keep, min(12, length))
             y, kept, h = _forward(u, delta, A, B, C, h0, ctx.keep, zoh)
         ctx.save_for_backward(*inputs, kept)
-        # The last state is that of the last piece.
-        return _unfold(y, k, x.shape[1]), h[k - 1::k].contiguous()
+        y, = _unfold([y], k, x.shape[1])
+        return y, h[k - 1::k].contiguous()       # the last state is that of the last piece
 
     @staticmethod
     def backward(ctx, grad_y, grad_h):
@@ -544,15 +546,14 @@ class _Scan(torch.autograd.Function):
             raise RuntimeError("selective_scan has a first derivative only: create_graph=True "
                                "cannot differentiate its gradient")
         x, delta, A, B, C, kept = ctx.saved_tensors
-        l = x.shape[1]
         u = x if ctx.zoh else delta * x
         with torch.autocast(x.device.type, enabled=False):
-            u, step, B, C, grad_y = (_fold(t, ctx.k) for t in (u, delta, B, C, grad_y))
+            u, step, B, C, grad_y = _fold([u, delta, B, C, grad_y], ctx.k)
             g = _end_gradients(grad_y, step, A, C, grad_h, ctx.k)
             grad_u, grad_delta, grad_A, grad_B, grad_C, g = _backward(
                 grad_y, g, u, step, A, B, C, kept, ctx.keep, ctx.zoh)
-        grad_u, grad_delta, grad_B, grad_C = (
-            _unfold(t, ctx.k, l) for t in (grad_u, grad_delta, grad_B, grad_C))
+        grad_u, grad_delta, grad_B, grad_C = _unfold(
+            [grad_u, grad_delta, grad_B, grad_C], ctx.k, x.shape[1])
         grad_x = grad_u
         if not ctx.zoh:                  # u = Δ x, so Δ has a second gradient
             grad_x = grad_u * delta
@@ -580,17 +581,24 @@ _scan = torch.compiler.disable(_Scan.apply)
 # scanned again, from there. That is twice the work in far fewer steps, and up to √(k l) states to
 # keep instead of √l. Nothing is ever divided by a decay, so nothing overflows.
 
-def _fold(tensor, pieces):
-    """(b, l, …) -> (b·k, T, …), T = ⌈l/k⌉, zeros at the end: Δ = 0 leaves a state alone."""
-    length = -(-tensor.shape[1] // pieces) * pieces
-    if length != tensor.shape[1]:
-        tensor = F.pad(tensor, (0, 0, 0, length - tensor.shape[1]))
-    return tensor.unflatten(1, (pieces, -1)).flatten(0, 1)
+def _fold(tensors, k):
+    """(b, l, …) -> (b·k, T, …) each, T = ⌈l/k⌉, zeros at the end: Δ = 0 leaves a state alone."""
+    if k == 1:
+        return tensors
+    folded = []
+    for t in tensors:
+        length = -(-t.shape[1] // k) * k
+        if length != t.shape[1]:
+            t = F.pad(t, (0, 0, 0, length - t.shape[1]))
+        folded.append(t.unflatten(1, (k, -1)).flatten(0, 1))
+    return folded
 
 
-def _unfold(tensor, pieces, l):
-    """(b·k, T, …) -> (b, l, …): the inverse of `_fold`."""
-    return tensor.unflatten(0, (-1, pieces)).flatten(1, 2)[:, :l]
+def _unfold(tensors, k, l):
+    """(b·k, T, …) -> (b, l, …) each: the inverse of `_fold`."""
+    if k == 1:
+        return tensors
+    return [t.unflatten(0, (-1, k)).flatten(1, 2)[:, :l] for t in tensors]
 
 
 def _chain(a, s, first):
@@ -662,20 +670,27 @@ def _end_gradients(grad_y, delta, A, C, grad_h, k):
 
 def _check(x, delta, A, B, C, D, h0):
     """Raise a ValueError that names the argument, what was expected and what came."""
-    size = {}                            # of b, l, d, n: as the first tensor has it that has one
-    for name, tensor, letters in (("x", x, "bld"), ("delta", delta, "bld"), ("A", A, "dn"),
-                                  ("B", B, "bln"), ("C", C, "bln"), ("D", D, "d"),
-                                  ("h0", h0, "bdn")):
-        if tensor is None and name in ("D", "h0"):
+    named = {"x": x, "delta": delta, "A": A, "B": B, "C": C, "D": D, "h0": h0}
+    for name, t in named.items():
+        if t is None and name in ("D", "h0"):
             continue
-        must = f"selective_scan: {name} must"
-        if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
-            kind = getattr(tensor, "dtype", type(tensor).__name__)
-            raise ValueError(f"{must} be a tensor of a real floating dtype, got {kind}")
-        if tensor.device != x.device:
-            raise ValueError(f"{must} be on {x.device} like x, got {tensor.device}")
-        if tensor.ndim == len(letters):
-            size = dict(zip(letters, tensor.shape)) | size
-        shape = tuple(size.get(letter, letter) for letter in letters)
-        if tensor.shape != shape:
-            raise ValueError(f"{must} have shape {letters} = {shape}, got {tuple(tensor.shape)}")
+        if not isinstance(t, Tensor) or not t.dtype.is_floating_point:
+            kind = getattr(t, "dtype", type(t).__name__)
+            raise ValueError(f"selective_scan: {name} must be a tensor of a real floating dtype, "
+                             f"got {kind}")
+        if t.device != x.device:
+            raise ValueError(f"selective_scan: {name} must be on {x.device} like x, got {t.device}")
+    if x.ndim != 3:
+        raise ValueError(f"selective_scan: x must have shape (b, l, d), got {tuple(x.shape)}")
+    b, l, d = x.shape
+    if A.ndim != 2 or A.shape[0] != d:
+        raise ValueError(f"selective_scan: A must have shape (d, n) = ({d}, n), "
+                         f"got {tuple(A.shape)}")
+    n = A.shape[1]
+    for name, letters, shape in (("delta", "(b, l, d)", (b, l, d)), ("B", "(b, l, n)", (b, l, n)),
+                                 ("C", "(b, l, n)", (b, l, n)), ("D", "(d,)", (d,)),
+                                 ("h0", "(b, d, n)", (b, d, n))):
+        t = named[name]
+        if t is not None and t.shape != shape:
+            raise ValueError(f"selective_scan: {name} must have shape {letters} = {shape}, "
+                             f"got {tuple(t.shape)}")

@@ -151,7 +151,7 @@ class VisionBlock(nn.Module):
         if self.direction == "forward":
             return x + self.out_proj(first * gate)
         if self.direction == "bidirectional":
-            second, _ = self.second(a.flip(1))                     # from the last token to the first
+            second, _ = self.second(a.flip(1))         # from the last token to the first
             second = second.flip(1)
         else:                            # "causal": forward again
             second, _ = self.second(a)

@@ -190,7 +190,7 @@ def gate_rows(model, name, seed, tokens, here, elsewhere):
         model(tokens)
     rows = []
     for layer, scan in enumerate(scans.values(), 1):
-        values = opening(scan).cpu()                                           # (b, l, d)
+        values = opening(scan).cpu()     # (b, l, d)
         change = opens_and_shuts(values[here].mean(0), values[elsewhere].mean(0))
         rows.append({"model": name, "seed": seed, "layer": layer, **change})
     return rows
@@ -239,11 +239,11 @@ class Learner(NamedTuple):
 
 
 LEARNERS = {
-    "selective": Learner("#1f77b4", "Mamba", 3e-2, 1e-2),
-    "gru": Learner("#8c564b", "GRU", 3e-2, 1e-2),
-    "fixed-delta": Learner("#ff7f0e", "Mamba, Δ fixed", 3e-3, 1e-2),
+    "selective": Learner("#0072b2", "Mamba", 3e-2, 1e-2),
+    "gru": Learner("#e69f00", "GRU", 3e-2, 1e-2),
+    "fixed-delta": Learner("#cc79a7", "Mamba, Δ fixed", 3e-3, 1e-2),
     "fixed": Learner("#9467bd", "Mamba, Δ, B, C fixed", 1e-2, 1e-2),
-    "s4": Learner("#2ca02c", "S4", 1e-2, 3e-2),
+    "s4": Learner("#009e73", "S4", 1e-2, 3e-2),
     "rnn": Learner("#7f7f7f", "vanilla RNN", 1e-3, 1e-3),
     "selective-n4": Learner("#6baed6", "Mamba, n = 4", 3e-2, 1e-2, on_demand=True),
     "selective-n2": Learner("#9ecae1", "Mamba, n = 2", 3e-2, 1e-2, on_demand=True),
@@ -410,7 +410,8 @@ def train_needle(model, name, seed, device, steps, lr):
         else:
             length = TRAINED_ON[level]
         tokens, _, answers = random_needles(PER_STEP // length, length, random)
-        loss = train_step(model, optimizer, tokens.to(device), answers.unsqueeze(1).to(device))
+        answers = answers.unsqueeze(1)   # (count, 1)
+        loss = train_step(model, optimizer, tokens.to(device), answers.to(device))
         if level < len(TRAINED_ON) and loss < 0.05:
             level += 1
         show_step(name, seed, step, steps, length, loss)
@@ -494,7 +495,7 @@ def needle_gates(name, models, device):
     rows = []
     for (model_name, seed), model in models.items():
         tokens, places, _ = random_needles(count, length, generator(seed, "gates"))
-        distance = torch.arange(length) - places.unsqueeze(1)                  # (count, length)
+        distance = torch.arange(length) - places.unsqueeze(1)      # (count, length)
         near = (distance >= 0) & (distance < NEAR)
         near[:, -1] = False
         elsewhere = ~near
@@ -538,7 +539,7 @@ def scattered(count, length, number, random):
     """-> tokens (count, length + number), and the symbols (count, number)."""
     # The first ones of a random order of all places are different places at random.
     order = torch.rand(count, length, generator=random).argsort(1)
-    places = order[:, :number].sort(1).values                                  # (count, number)
+    places = order[:, :number].sort(1).values      # (count, number)
     symbols = torch.randint(SYMBOLS, (count, number), generator=random)
     tokens = torch.full((count, length + number), BLANK)
     tokens[:, length:] = ASK
@@ -610,8 +611,8 @@ def copying(args, device):
     numbers = args.symbols or ([4, 8] if args.quick else list(NUMBERS))
     length = args.length or (32 if args.quick else 256)
     if length < max(numbers):
-        raise ValueError(f"{max(numbers)} symbols do not fit into {length} tokens: use a larger "
-                         f"--length")
+        raise ValueError(f"{max(numbers)} symbols do not fit into {length} tokens: use a "
+                         f"larger --length")
     names = learners_for(args, ["selective", "gru"])
     rates = {model: learner.copying_lr for model, learner in LEARNERS.items()}
     print(f"copying: {numbers} symbols among {length} tokens, {steps} steps, seeds {args.seeds}; "
@@ -628,7 +629,8 @@ def copying(args, device):
             numbers=numbers):
         rows += score_numbers(model, model_name, seed, device, facts)
         many, _ = scattered(100, length, shown_number, generator(seed, "gates"))
-        gates += gate_rows(model, model_name, seed, many.to(device), many < SYMBOLS, many == BLANK)
+        gates += gate_rows(model, model_name, seed, many.to(device),
+                           here=many < SYMBOLS, elsewhere=many == BLANK)
         if model_name == "selective":
             shown.setdefault(model_name, model)            # of the first seed
     save_rows(name, rows)
@@ -800,7 +802,7 @@ def read_images(model, images):
 def rank_correlation(a, b):
     """Spearman's ρ along the last dimension, (b, l) both -> (b,). Equal values share a rank."""
     def ranks(t):
-        above = t.unsqueeze(-1) > t.unsqueeze(-2)                              # (b, l, l)
+        above = t.unsqueeze(-1) > t.unsqueeze(-2)      # (b, l, l)
         equal = t.unsqueeze(-1) == t.unsqueeze(-2)
         r = (above.float() + 0.5 * equal.float()).sum(-1)
         return r - r.mean(-1, keepdim=True)
@@ -821,9 +823,9 @@ def compare_with_ink(scan, ink):
                       inked, place removed
     """
     l = ink.shape[1]
-    mean = scan.delta.mean(-1)                                                 # (b, l)
+    mean = scan.delta.mean(-1)           # (b, l)
     mean = mean - mean.mean(0)
-    by_channel = opening(scan)                                                 # (b, l, d)
+    by_channel = opening(scan)           # (b, l, d)
     by_channel = by_channel - by_channel.mean(0)
     rows = []
     for back in BACK:
@@ -890,7 +892,7 @@ def digits(args, device):
     # One digit, by the models of the first seed. Backward scans are turned round: all panels lie
     # in the order of the image.
     seed, pair = next(iter(pairs.items()))
-    image = data.test_images[places[args.index]]                               # (1, h, w)
+    image = data.test_images[places[args.index]]   # (1, h, w)
     panels = {}
     for look, model in pair.items():
         for (scan_name, backward), scan in read(model, image.unsqueeze(0)).items():
@@ -955,11 +957,11 @@ def openings_of_text(model, tokens, masks, piece=4096):
         for part, mask in zip(tokens.split(piece), masks.split(piece, 1)):
             _, states = model(part.unsqueeze(0), states)
             for layer, scan in enumerate(scans.values(), 1):
-                values = opening(scan)[0]                                      # (≤ piece, d)
+                values = opening(scan)[0]          # (≤ piece, d)
                 if layer not in sums:
                     passage[layer] = values[PASSAGE].cpu()
                     sums[layer] = 0.0
-                sums[layer] = sums[layer] + mask @ values                      # (kinds, d)
+                sums[layer] = sums[layer] + mask @ values          # (kinds, d)
     return passage, sums
 
 
@@ -989,7 +991,7 @@ def text(args, device):
     string = "".join(data.vocabulary[token] for token in data.valid)
     kinds = kinds_of(string)
     numbers = torch.tensor([CHARACTERS.index(kind) for kind in kinds])         # (l,)
-    masks = F.one_hot(numbers, len(CHARACTERS)).t().float().to(device)         # (kinds, l)
+    masks = F.one_hot(numbers, len(CHARACTERS)).t().float().to(device)     # (kinds, l)
     counts = masks.sum(1)
 
     rows = []
@@ -1031,7 +1033,13 @@ def text(args, device):
 # --------------------------------------------------------------------------------------------------
 # The command line.
 
-TASKS = {"digits": digits, "needle": needle, "copying": copying, "memory": memory, "text": text}
+TASKS = {
+    "digits": digits,
+    "needle": needle,
+    "copying": copying,
+    "memory": memory,
+    "text": text,
+}
 
 
 def parse(arguments):
