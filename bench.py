@@ -155,6 +155,7 @@ class Transformers:
         self.module.load_state_dict(official_state_dict(model))
         self.module.generation_config.eos_token_id = None          # no token ends the text
         if flag == "use_associative_scan":
+            torch.compiler.reset()       # how often one function is compiled has a limit
             for layer in self.module.backbone.layers:
                 layer.compile()
 
