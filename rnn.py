@@ -332,7 +332,7 @@ def signal(l):
 def draw_hippo(path, l=1000):
     """Left: a signal, and what 8, 16 and 64 numbers recall of it. Right: the error over n.
 
-    Up to n = 16 each number helps. Beyond that the error is that of the time step: with half the
+    Up to n = 32 each number helps. Beyond that the error is that of the time step: with half the
     samples it is larger.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")

@@ -543,8 +543,8 @@ def test_a_wrong_call_is_told_what_is_wrong():
 # The hard part of a block with a state is to stop and go on, with padding anywhere. So the
 # test is the same for all: the whole in one call, then in parts, and the two must agree.
 
-from block import (MambaBlock, MambaLM, generate, load_official, official_state_dict,
-                   parameter_groups, sample)
+from block import (ConvS6, MambaBlock, MambaLM, generate, load_official,
+                   official_state_dict, parameter_groups, sample)
 
 
 def through(blocks, x, states=None, **how):
@@ -626,7 +626,7 @@ def test_padding_changes_nothing_wherever_it_stands():
         second, states = through(blocks, padded[:, 9:], states, mask=mask[:, 9:])
         both = torch.cat([first, second], 1)
         close("the same, cut in two", [both, states], [y, last], 1e-14)
-    path = blocks[0].mixer.path
+    path = ConvS6(32, n=4, selection="none").double()  # its C is not 0 at padding
     y_path, _ = path(padded.repeat(1, 1, 2), mask=mask)
     close("that of the path, too", y_path[~real], torch.zeros(27, 32))
     gradient, = torch.autograd.grad(y_path.sum(), path.conv1d.weight)
@@ -1695,9 +1695,11 @@ def test_a_tiny_text_is_memorised_measured_and_written():
             written, _ = runs(f"train_shakespeare.py --generate Shall --tokens 75 {likeliest}")
             print(f"    {written.strip()}")
             assert written.strip() == POEM.strip()
-        hot = [runs(f"train_shakespeare.py --generate S --tokens 81 --temperature 9 --seed {seed}")
-               for seed in (0, 1)]
-        assert len({POEM, *[written for written, _ in hot]}) == 3
+        hot = "train_shakespeare.py --generate S --tokens 81 --temperature 9 --seed"
+        first, _ = runs(f"{hot} 0")
+        second, _ = runs(f"{hot} 1")
+        assert first != second
+        assert "summer" not in first + second
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1830,16 +1832,18 @@ def test_delta_lies_on_the_image_where_its_token_was_read():
         columns = range(4) if backward else range(3, 7)
         assert places == [[2, column] for column in columns]
 
-    # A Δ that is the ink two tokens back, and larger the later the token.
-    ink = torch.rand(30, 49)
-    delta = 0.5 + F.pad(ink, (2, 0))[:, :49] + torch.linspace(0, 5, 49)
+    # A Δ that is the ink two tokens back. Both are larger the later the token, which must not
+    # count: it would make them agree also at other tokens.
+    later = torch.linspace(0, 1, 49)
+    ink = torch.rand(30, 49) * later
+    delta = 0.5 + F.pad(ink, (2, 0))[:, :49] + later
     scan = SimpleNamespace(delta=delta.unsqueeze(-1).expand(30, 49, 4), rest=torch.ones(4))
     for row in visualize_delta.compare_with_ink(scan, ink):
         print(f"    {row}")
         rho = float(row["rho"])
         assert rho > 0.95 if row["back"] == 2 else abs(rho) < 0.1
-        if row["back"] == 2:
-            assert (row["opens_percent"], row["shuts_percent"]) == ("100.0", "0.0")
+        assert row["opens_percent"] == ("100.0" if row["back"] == 2 else "0.0")
+        assert row["shuts_percent"] == "0.0"
     a = torch.tensor([[1.0, 2, 2, 4]])
     b = torch.tensor([[10.0, 30, 20, 40]])
     # ranks 1, 2½, 2½, 4 and 1, 3, 2, 4: ρ = 4.5 / √(4.5 · 5)
@@ -2015,7 +2019,6 @@ MISTAKES = [  # a command, words of the answer
     ("train_mnist.py next-pixel --data synthetic --model rnn", "causal or s4"),
     ("train_mnist.py cifar10", "cifar10", "name resolution"),  # has no stand-in
     ("train_mnist.py typo", "typo", "next-pixel"),
-    (f"{LOOK} needle --out poem.txt", "poem.txt"),
 ]
 
 
@@ -2167,8 +2170,11 @@ def test_a_save_that_fails_leaves_the_old_file_whole_and_is_noticed_at_once():
             assert os.listdir("checkpoints") == [os.path.basename(IMAGES)]
         os.rename("checkpoints", "before")
         Path("results").touch()              # a file where a folder should be
-        for line in (f"{OWN} --compare", f"{TEXT} --seeds 0", f"{LOOK} needle"):
-            answers(line, "cannot write to results")
+        with patch.object(visualize_delta, "train_step", None):    # nothing is trained
+            for line in (f"{OWN} --compare", f"{TEXT} --seeds 0", f"{LOOK} needle"):
+                answers(line, "cannot write to results")
+            os.remove("results")
+            answers(f"{LOOK} needle --out poem.txt", "cannot write to poem.txt")
         assert not os.path.exists("checkpoints")
 
 

@@ -650,21 +650,23 @@ def draw_panel(ax, rows, column):
 
     Thin lines are single seeds. A mean is drawn where all seeds were tested.
     """
-    for model in dict.fromkeys(row["model"] for row in rows):
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for model in models:
         color = LEARNERS[model].color
+        order = 10 - models.index(model)     # the first model on top
         by_seed = {}                     # seed: {length, or number: percent}
         for row in rows:
             if row["model"] == model:
                 points = by_seed.setdefault(row["seed"], {})
                 points[int(row[column])] = float(row["accuracy"])
         for points in by_seed.values():
-            ax.plot(*zip(*points.items()), color=color, linewidth=0.8, alpha=0.5)
+            ax.plot(*zip(*points.items()), color=color, linewidth=0.8, alpha=0.5, zorder=order)
         means = {}
         for place in next(iter(by_seed.values())):
             values = [points[place] for points in by_seed.values() if place in points]
             if len(values) == len(by_seed):
                 means[place] = sum(values) / len(values)
-        ax.plot(*zip(*means.items()), "o-", color=color, markersize=4, linewidth=2,
+        ax.plot(*zip(*means.items()), "o-", color=color, markersize=4, linewidth=2, zorder=order,
                 label=LEARNERS[model].words)
     ax.axhline(100 / SYMBOLS, color="black", linestyle=":", linewidth=1, label="guessing")
     ax.set_xscale("log", base=2)
@@ -687,12 +689,12 @@ def draw_memory(name, needles, copies):
         ax = axes.pop(0)
         draw_panel(ax, needles, "length")
         ax.axvspan(2 ** SHORTEST, TRAINED_ON[-1], color="0.9", zorder=0)
-        ax.text(2 ** SHORTEST * 1.1, 50, "lengths of\nthe training", color="0.4", fontsize=9)
+        ax.text(2 ** SHORTEST * 1.1, 72, "lengths of\nthe training", color="0.4", fontsize=9)
         ticks = [2 ** power for power in range(SHORTEST, LONGEST + 1, 2)]
         names = ["64", "256", "1k", "4k", "16k", "64k", "256k", "1M"]
         ax.set_xticks(ticks, names)
         ax.set(xlabel="length of the haystack (tokens)", ylabel="needles found (%)",
-               title="one symbol, ever longer")
+               title="A gate keeps one symbol, however long")
         handles |= legend_of(ax)
     if copies:
         ax = axes.pop(0)
@@ -700,7 +702,7 @@ def draw_memory(name, needles, copies):
         numbers = sorted({int(row["symbols"]) for row in copies})
         ax.set_xticks(numbers, [str(number) for number in numbers])
         ax.set(xlabel="symbols to copy, among 256 tokens", ylabel="symbols right (%)",
-               title="ever more symbols")
+               title="More symbols need room")
         handles |= legend_of(ax)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9,
                   frameon=False)
