@@ -1765,6 +1765,28 @@ def test_the_answer_to_a_haystack_is_right_by_construction_also_in_pieces():
         assert (layer.selection, layer.discretization) == (selection, rule)
 
 
+def test_an_answer_counts_as_right_if_it_is():
+    """Catches: answers compared with those of others, or read at other places."""
+    def finds(tokens, states):               # every second needle
+        places = (tokens == 16).int().argmax(1)
+        symbols = tokens[torch.arange(len(tokens)), places + 1]
+        symbols[::2] += 1
+        return F.one_hot(symbols, 18).unsqueeze(1), states         # (b, 1, 18): the last place
+
+    def copies(tokens):                      # all but the last symbol
+        read = tokens[:, :32]
+        symbols = read[read < 16].view(-1, 4)
+        symbols[:, -1] += 1
+        logits = torch.zeros(*tokens.shape, 18)
+        logits[:, 32:] = F.one_hot(symbols, 18)
+        return logits, None
+
+    found = visualize_delta.find_needles(finds, 64, 8, 0, CPU)
+    assert found.tolist() == 4 * [False, True]
+    right = visualize_delta.copied(copies, 32, 4, 0, CPU, count=32)
+    assert right.tolist() == 32 * [[True, True, True, False]]
+
+
 def test_the_needle_is_taught_at_growing_lengths_and_copying_among_growing_blanks():
     """Catches: a curriculum that stays at 8, or forgets the short lengths; training on NaN."""
     # In place of a step, a note of what it was asked; and a loss of which 0.04 is solved.
@@ -1943,6 +1965,10 @@ def test_the_commands_that_look_at_delta_write_what_they_promise():
         runs(f"{LOOK} memory")
         wrote("figures/memory.png")
 
+        args = visualize_delta.parse([])
+        rates = {"selective": 0.1, "rnn": 0.2}
+        learners = visualize_delta.trained_learners(args, "t", rates, rates, step, CPU, steps=1)
+        assert [facts["lr"] for *_, facts in learners] == [0.1, 0.2]
         answers(f"{LOOK} copying --quick --length 48 --name copying_quick --resume", "48")
         answers(f"{LOOK} digits --checkpoint {s4}", "no Δ")
         answers(f"{LOOK} digits --checkpoint {path} {s4}", "the seed")
