@@ -731,11 +731,11 @@ def test_generation_repeats_with_its_seed_and_draws_from_the_softmax():
     for k in (4, 2):
         too_low = logits < logits.topk(k).values[:, -1:]
         chances = (logits / 2).masked_fill(too_low, -math.inf).softmax(-1)
-        text = [0, *generate(chain, torch.tensor([0]), 6000, temperature=2.0, top_k=k)]
+        text = [0, *generate(chain, torch.tensor([0]), 4000, temperature=2.0, top_k=k)]
         seen = F.one_hot(torch.tensor(text), 4).double()
         counts = seen[:-1].t() @ seen[1:]
         expected = counts.sum(1, keepdim=True) * chances
-        close(f"temperature 2, top {k}: how often the 16 pairs", counts, expected, 0.07)
+        close(f"temperature 2, top {k}: how often the 16 pairs", counts, expected, 0.08)
         assert not counts[expected == 0].any()
     # In bfloat16 many sums would be equal, and the first of two equal ones would win.
     even = torch.full((20000, 2), 20.0, dtype=torch.bfloat16)
@@ -1577,11 +1577,12 @@ def test_a_training_that_is_killed_anywhere_and_resumed_ends_in_the_same_weights
                 assert "--resume" in complaints
                 assert 0 <= last - len(torch.load(path)["log"]) < 3
                 close("the first run, set aside", learned(f"{path}.old"), whole)
-                for what in ("resumed", "and again, with nothing left to do"):
-                    runs(f"{line} --resume")
-                    close(f"killed in step {last}, {what}", learned(path), whole)
+                runs(f"{line} --resume")
+                close(f"killed in step {last}, resumed", learned(path), whole)
                 seconds = [second for _, _, second in torch.load(path)["log"]]
                 assert seconds == sorted(seconds)
+            runs(f"{line} --resume")
+            close("and again, with nothing left to do", learned(path), whole)
 
 
 def test_two_processes_equal_one():
@@ -1677,7 +1678,7 @@ def test_the_next_pixel_is_measured_in_bits_and_the_digits_are_completed():
 
 def test_a_tiny_text_is_memorised_measured_and_written():
     """Catches: bits that are nats, text of other weights than the averaged ones."""
-    line = f"{TEXT} --seeds 0 1 --epochs 8 --lr 0.02 --batch 2 --d-model 32"
+    line = f"{TEXT} --seeds 0 1 --epochs 5 --lr 0.02 --batch 1 --d-model 32"
     with workplace():
         printed, rows = runs(line)
         assert "| stream |" in printed
