@@ -57,7 +57,7 @@ class RNN(nn.Module):
         self.rnn = kind(d_model, hidden, layers, batch_first=True)
         for name, weight in self.rnn.named_parameters():
             if name.startswith("weight_hh"):
-                nn.init.orthogonal_(weight)      # preserves ‖h‖: early inputs fade more slowly
+                nn.init.orthogonal_(weight)      # in the vanilla RNN early inputs fade more slowly
 
     def forward(self, x, state=None):
         """state    what an earlier call returned, to go on from; None: from a state of zero."""

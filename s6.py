@@ -292,7 +292,7 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
         h = h.transpose(1, 2)                                                  # (b, d, n)
 
     if D is not None:
-        y = y + D.to(dtype) * inputs[0]
+        y = y + D.to(dtype) * x.to(dtype)
     y = y.to(x.dtype)
     if return_state:
         return y, h
