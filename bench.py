@@ -1,6 +1,6 @@
 """bench.py: how fast, and beside whom. It is no lesson, and not needed to read or use the models.
 
-    python bench.py scan     one scan over its length, in three ways: half a minute
+    python bench.py scan     one scan over its length, in three ways: a minute or two
     python bench.py peers    a training step and generation, beside other libraries: some minutes
 
 Each prints a table, and writes its rows to results/. The fastest of several calls counts: the

@@ -6,8 +6,8 @@
 
 The GRU has a gate: z_t is a sigmoid of x_t and h_{t-1}, and where it is 1 a token leaves the state
 as it was. (h̃_t is the vanilla RNN's new state, with a second gate before U.) So a GRU can choose
-what to remember, as Mamba can. But its state is small, h numbers for h² weights, and every number
-needs the state before it: nothing can be computed for all tokens at once.
+what to remember, as Mamba can. But its state is small: k numbers take some 3 k² weights. And each
+step needs the state before it, so the tokens cannot be computed all at once.
 
 Without tanh a recurrence can be unrolled. For the third line, y_t = D x_t + Σ_k K_k x_{t-k}, with
 K_k = 2 Re(C Ā^k B̄). So it is a convolution with a kernel K as long as the sequence, and the FFT

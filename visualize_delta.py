@@ -2,7 +2,7 @@
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        Δ_t → 0: token t leaves the state as it was
 
-    python visualize_delta.py                  digits and needle: 16 minutes on one core
+    python visualize_delta.py                  digits and needle: about 20 minutes on one core
     python visualize_delta.py --task digits    Δ on a 7 (--digit, --index) and on 1,000 test digits
     python visualize_delta.py --task text      Δ on Shakespeare, character by character
     python visualize_delta.py --task needle    a needle in a haystack of a million tokens
