@@ -1909,7 +1909,7 @@ def test_the_commands_that_look_at_delta_write_what_they_promise():
         delta = 1 + F.avg_pool2d(images, 7).flatten(1).unsqueeze(-1)           # (b, l, 1)
         forward = SimpleNamespace(delta=delta, rest=torch.ones(1))
         backward = SimpleNamespace(delta=delta.flip(1), rest=torch.ones(1))
-        return {("forward", False): forward, ("backward", True): backward}
+        return {("layer 1, forward", False): forward, ("layer 1, backward", True): backward}
 
     needles = visualize_delta.random_needles
     step = Mock(return_value=0.04)
@@ -1940,9 +1940,14 @@ def test_the_commands_that_look_at_delta_write_what_they_promise():
             runs(f"{LOOK} digits --name ink")
         with open("results/ink.csv") as file:
             rows = [row for row in csv.DictReader(file) if row["back"] == "0"]
-        assert [row["rho"] for row in rows] == 4 * ["1.000"]
+        rho = {"own": [], "another's": []}
+        for row in rows:
+            rho[row["ink"]].append(row["rho"])
+        assert rho["own"] == 4 * ["1.000"]
+        assert max(map(float, rho["another's"])) < 0.9       # the control: other digits
         panels = drawn.call_args.args[1]
-        close("panels", panels["trained", "backward"], panels["trained", "forward"])
+        forward = panels["trained\nlayer 1", "forward"]
+        close("panels", panels["trained\nlayer 1", "backward"], forward)
 
         runs(f"{LOOK} digits text")
         runs(f"{LOOK} digits --digit 3 --index 1")

@@ -729,7 +729,7 @@ def draw_runs(path, runs, title):
     What to see: over steps all but the RNN lie close together. Over seconds they part, since a step
     of the cheaper ones takes less time.
     """
-    figure = Figure(figsize=(14, 4), layout="constrained")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
     axes[1].sharey(axes[0])
     for i, (row, its_runs) in enumerate(runs.items()):

@@ -115,7 +115,8 @@ def opens_and_shuts(here, elsewhere):
 # --------------------------------------------------------------------------------------------------
 # The figure of gates.
 
-def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1.6)):
+def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1.6),
+               xlabel="token"):
     """Channels over tokens: how wide each gate is open at each token. For all tasks.
 
     panels   {(row, column): what `opening` gave for one sequence, (l, d)}
@@ -124,15 +125,16 @@ def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1
     strip    an image (h, w) that shows the tokens, above each column
     What to see: white is the resting value, red a wider gate, blue a narrower one. In each panel
     the channels are sorted: at the top those that open most at the marked tokens. A gate that
-    answers to these tokens is red there and nowhere else. Untrained panels are white.
+    answers to these tokens is red there and nowhere else. Untrained panels are white, and those in
+    rows of their own are flat.
     """
     rows = list(dict.fromkeys(row for row, _ in panels))
     columns = list(dict.fromkeys(column for _, column in panels))
-    heights = [1] * len(rows)
+    heights = [0.35 if row.startswith("untrained") else 1 for row in rows]
     if strip is not None:
         heights = [0.2] + heights
     width = size[0] * len(columns) + 1
-    height = size[1] * sum(heights) + 0.7
+    height = size[1] * sum(heights) + 0.9
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(len(heights), len(columns), squeeze=False, sharex=True,
                            height_ratios=heights)
@@ -152,15 +154,17 @@ def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1
         ax.plot(places, [0] * len(places), "v", color="black", markersize=3, clip_on=False)
         ax.set_yticks([])
         if column == columns[0]:
-            ax.set_ylabel(f"{row}\n{len(shown)} channels, sorted", fontsize=8)
+            flat = row.startswith("untrained")
+            ax.set_ylabel(row if flat else f"{row}\n{len(shown)} channels, sorted", fontsize=8)
 
     for ax, column in zip(axes[0], columns):
         ax.set_title(column, fontsize=9)
     for ax in axes[-1]:
-        ax.set_xlabel("token", fontsize=8)
+        ax.set_xlabel(xlabel, fontsize=8)
         if labels:
             ax.set_xticks([place + 0.5 for place in labels], labels.values(), fontsize=8)
-            ax.tick_params(length=0)
+    for ax in axes.flat:
+        ax.tick_params(length=0)
     bar = figure.colorbar(picture, ax=axes, shrink=0.8, label="Δ / its resting value")
     bar.set_ticks(range(-3, 4), labels=["1/8", "1/4", "1/2", "1", "2", "4", "8"])
     figure.suptitle(title, fontsize=10, parse_math=False)
@@ -214,7 +218,8 @@ def save_rows(name, rows, **same):
 #
 # "selective" is Mamba. "fixed-delta" can choose what to write, but not how much; "fixed" can choose
 # nothing, and is otherwise the same block. "selective-n1" and the like have the same gate and less
-# room; "selective-zoh" discretizes as the paper states it. These are trained on demand (--models).
+# room; "selective-zoh" discretizes as the paper states it; with "fixed-delta-small" Δ starts between
+# 1e-7 and 0.1, and not 0.001 and 0.1. These are trained on demand (--models).
 # All have the same number of parameters, to 2 %.
 
 SYMBOLS = 16         # the ordinary tokens, 0 … 15
@@ -249,6 +254,8 @@ LEARNERS = {
     "selective-n4": Learner("#6baed6", "Mamba, n = 4", 3e-2, 1e-2, on_demand=True),
     "selective-n2": Learner("#9ecae1", "Mamba, n = 2", 3e-2, 1e-2, on_demand=True),
     "selective-n1": Learner("#c6dbef", "Mamba, n = 1", 3e-2, 1e-2, on_demand=True),
+    "fixed-delta-small": Learner("#f7b6d2", "Mamba, Δ fixed, from 1e-7", 3e-3, 1e-2,
+                                 on_demand=True),
     "selective-zoh": Learner("#17becf", "Mamba, zero-order hold", 1e-2, 1e-2, on_demand=True),
 }
 
@@ -264,13 +271,19 @@ def build_learner(name, seed):
         return PlainLM(VOCABULARY, 64, [S4Block(64, 60) for _ in range(4)], 64)
     settings = {
         "fixed-delta": {"selection": "BC"},
+        "fixed-delta-small": {"selection": "BC"},
         "fixed": {"selection": "none"},
         "selective-zoh": {"discretization": "zoh"},
         "selective-n4": {"n": 4, "d_model": 69},
         "selective-n2": {"n": 2, "d_model": 70},
         "selective-n1": {"n": 1, "d_model": 71},
     }
-    return MambaLM(VOCABULARY, layers=2, **{"d_model": 64} | settings.get(name, {}))
+    model = MambaLM(VOCABULARY, layers=2, **{"d_model": 64} | settings.get(name, {}))
+    if name == "fixed-delta-small":
+        for module in model.modules():
+            if isinstance(module, S6):           # at these values softplus(bias) is exp(bias)
+                nn.init.uniform_(module.dt_proj.bias, math.log(1e-7), math.log(1e-1))
+    return model
 
 
 def generator(seed, what, number=0):
@@ -639,7 +652,7 @@ def copying(args, device):
         save_rows(f"{name}_delta", gates)
     draw_memory(name, [], rows)
     draw_gates(f"{name}_gates", gate_panels(shown, tokens.to(device)), tokens[0] < SYMBOLS,
-               labels={length + shown_number // 2: "answer"}, size=(5, 1.6),
+               labels={length + shown_number // 2: "answer"}, size=(4.4, 1.6),
                title=f"one sequence, seed {args.seeds[0]}; triangles: the symbols to repeat")
 
 
@@ -683,7 +696,7 @@ def draw_memory(name, needles, copies):
     the lengths of their training (grey). On the right, the one with more room stays there longer.
     """
     panels = [rows for rows in (needles, copies) if rows]
-    figure = Figure(figsize=(5.2 * len(panels) + 1.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(4.3 * len(panels) + 1.4, 4), layout="constrained")
     axes = list(figure.subplots(1, len(panels), squeeze=False)[0])
     handles = {}
     if needles:
@@ -879,16 +892,18 @@ def digits(args, device):
         inputs, _ = train_mnist.classification(data).prepare(images, None)
         return read_images(model, inputs.to(device))
 
-    # A thousand digits: every scan of every model, with the ink that it read.
+    # A thousand digits: every scan of every model, with the ink that it read; and, as a control,
+    # with that of the digit before it, which the model did not see.
     images = data.test_images[:1000]
     ink = F.avg_pool2d(images.float() / 255, patch).flatten(1).to(device)      # (b, l)
     rows = []
     for seed, pair in pairs.items():
         for look, model in pair.items():
             for (scan_name, backward), scan in read(model, images).items():
-                about = {"model": look, "seed": seed, "scan": scan_name}
-                for row in compare_with_ink(scan, ink.flip(1) if backward else ink):
-                    rows.append(about | row)
+                for whose, shown in (("own", ink), ("another's", ink.roll(1, 0))):
+                    about = {"model": look, "seed": seed, "scan": scan_name, "ink": whose}
+                    for row in compare_with_ink(scan, shown.flip(1) if backward else shown):
+                        rows.append(about | row)
     save_rows(name, rows, stem=recipe["stem"], digits=len(images), dataset=data.name,
               device=describe(device), torch=torch.__version__)
 
@@ -900,14 +915,16 @@ def digits(args, device):
     for look, model in pair.items():
         for (scan_name, backward), scan in read(model, image.unsqueeze(0)).items():
             values = opening(scan)[0].cpu()                                    # (l, d)
-            panels[look, scan_name] = values.flip(0) if backward else values
+            layer, way = scan_name.split(", ")
+            panels[f"{look}\n{layer}", way] = values.flip(0) if backward else values
     brightness = F.avg_pool2d(image.float(), patch).flatten()                  # (l,)
     side = image.shape[-1] // patch
     # The rows of patches, one behind the other: (patch, side · width).
     strip = image[0].view(side, patch, -1).transpose(0, 1).reshape(patch, -1)
-    labels = {row * side + side // 2: f"row {row + 1}" for row in range(side)}
+    labels = {row * side + side // 2: f"{row + 1}" for row in range(side)}
     one = "" if (args.digit, args.index) == (7, 0) else f"_{args.digit}_{args.index}"
     draw_gates(f"{name}_gates{one}", panels, brightness > 255 * INKED, labels=labels, strip=strip,
+               size=(4, 1.6), xlabel="row of patches",
                title=f"{data.name}, stem {recipe['stem']}, test image {args.index} of digit "
                      f"{args.digit}, seed {seed}; triangles: patches with ink")
 
