@@ -142,6 +142,7 @@ def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1
         for ax in axes[0]:
             ax.imshow(strip.numpy(), cmap="gray_r", aspect="auto", extent=(0, len(marks), 0, 1))
             ax.set_yticks([])
+        axes[0, 0].set_ylabel("image,\nrow by row", fontsize=8, rotation=0, ha="right", va="center")
 
     panel_axes = axes[-len(rows):]
     places = marks.nonzero().flatten() + 0.5
@@ -154,8 +155,7 @@ def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1
         ax.plot(places, [0] * len(places), "v", color="black", markersize=3, clip_on=False)
         ax.set_yticks([])
         if column == columns[0]:
-            flat = row.startswith("untrained")
-            ax.set_ylabel(row if flat else f"{row}\n{len(shown)} channels, sorted", fontsize=8)
+            ax.set_ylabel(row, fontsize=8, rotation=0, ha="right", va="center")
 
     for ax, column in zip(axes[0], columns):
         ax.set_title(column, fontsize=9)
@@ -165,6 +165,7 @@ def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1
             ax.set_xticks([place + 0.5 for place in labels], labels.values(), fontsize=8)
     for ax in axes.flat:
         ax.tick_params(length=0)
+    figure.supylabel("channels, sorted", fontsize=9)
     bar = figure.colorbar(picture, ax=axes, shrink=0.8, label="Δ / its resting value")
     bar.set_ticks(range(-3, 4), labels=["1/8", "1/4", "1/2", "1", "2", "4", "8"])
     figure.suptitle(title, fontsize=10, parse_math=False)
