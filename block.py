@@ -8,7 +8,7 @@
          │         a │       │ z       (b, l, d) each
          │         conv      │         each token meets the three before it
          │         SiLU      │
-         │          S6      SiLU       the state; the gate: what does this token need of it?
+         │          S6      SiLU       S6 remembers; SiLU(z), the gate, scales what it gives
          │           └── · ──┘
          │          out_proj
          └────── + ──────┘
@@ -25,16 +25,15 @@ convolution's last three inputs, and the state h of the scan. As with PyTorch's 
 state returns two things: `y, state = layer(x, state)`; without a state it begins anew. A single
 token is a sequence of length 1: then the layer is one step of the recurrence.
 
-`MambaLM` stacks blocks between an embedding and a head that is the embedding again, and its states
-are one State per block. It has no positions: the recurrence itself knows the order of the tokens.
-`generate` writes text, at the same cost per token however long the text has become. Weights come
-from, and go back to, the official models by their names.
+`MambaLM` stacks blocks between an embedding and a head with the same weights. Its states are one
+State per block. It has no position vectors: the recurrence itself knows the order of the tokens.
+`generate` writes text, at the same cost per token however long the text has become. `load_official`
+and `official_state_dict` convert weights from and to the official models.
 
-The price of a state of constant size. A block keeps h, d·n = 2·d_model·n numbers, of all that it
-has read (and the window); a layer of attention keeps 2·d_model·l, the keys and values of l tokens.
-The two are equal at l = n = 16 tokens. From there on a state must choose what to keep, and so exact
-copying and recall over long texts are worse than attention's (Jelassi et al. 2024, "Repeat After
-Me"; Arora et al. 2024, "Zoology"). Models that need both mix the two kinds of layers.
+A state of constant size has its price. A block keeps 2·d_model·n numbers, h, of all that it has
+read; a layer of attention keeps 2·d_model·l, the keys and values of l tokens. The two are equal at
+l = n = 16. In longer texts a state must choose what to keep, and so exact copying and recall are
+worse than attention's (Jelassi et al. 2024, "Repeat After Me"; Arora et al. 2024, "Zoology").
 
 Symbols: the glossary of s6.py; besides, d_model is the width of the residual stream, and d that
 inside the block.
@@ -53,13 +52,12 @@ from s6 import S6, check_sequence, choose, find_padding, full
 
 
 # --------------------------------------------------------------------------------------------------
-# The parts: a norm, a short causal convolution, and the path from one to the scan.
+# The parts: a norm, a short causal convolution, and ConvS6: that convolution and then S6.
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight, over the last dimension (Zhang & Sennrich 2019).
 
-    Not nn.RMSNorm: under autocast x may be bfloat16, and nn.RMSNorm then gives a warning and takes
-    a slower way. Here the weight is cast to x's dtype.
+    Not nn.RMSNorm: under autocast it warns and is slower unless its weight has x's dtype.
     """
 
     def __init__(self, d_model, eps=1e-5):
@@ -74,8 +72,8 @@ class RMSNorm(nn.Module):
 def causal_conv(x, weight, bias):
     """x (b, w-1+l, d) -> y (b, l, d): y_t = bias + Σ_i weight_i x_{t+i}, i = 0 … w-1.
 
-    Channel by channel: weight (d, 1, w), bias (d,). The first w-1 inputs come before the first
-    token. So y_t sees token t and the w-1 inputs before it.
+    Channel by channel: weight (d, 1, w), bias (d,). x begins with the w-1 inputs before the first
+    token. So x_{t+w-1} is token t, and y_t sees it and the w-1 inputs before it.
     """
     w = weight.shape[-1]
     if x.shape[1] < w:                   # no token
@@ -83,7 +81,7 @@ def causal_conv(x, weight, bias):
     if x.shape[1] == w:                  # one token: seven times as fast as calling conv2d
         return (x * weight.squeeze(1).t()).sum(1, keepdim=True) + bias
     # (b, l, d) in memory is an image of 1×l pixels with its d channels last, the layout that suits
-    # PyTorch's 2-d convolution. A conv1d would copy x to (b, d, l) and y back, half the cost again.
+    # PyTorch's 2-d convolution. A conv1d would copy x to (b, d, l) and y back: 1.5 times the time.
     image = x.transpose(1, 2).unsqueeze(2)                                     # (b, d, 1, w-1+l)
     y = F.conv2d(image, weight.unsqueeze(2), bias, groups=len(weight))
     return y.squeeze(2).transpose(1, 2)
@@ -96,20 +94,20 @@ class State(NamedTuple):
 
 
 def _take(x, index):
-    """Tokens by their places: x (b, l, d), index (b, k) -> (b, k, d)."""
+    """The tokens at the places in index: x (b, l, d), index (b, k) -> (b, k, d)."""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 class ConvS6(nn.Module):
-    """a (b, l, d) -> y = S6(SiLU(conv(a))), (b, l, d), State: reads a sequence in one direction.
+    """Convolution, SiLU, S6, in one direction: a (b, l, d) -> y (b, l, d) and a State.
 
-    The modules conv1d and dt_proj only hold weights here: hooks on conv1d never run, and so pruning
-    by torch.nn.utils.prune does not work. torch.nn.utils.parametrizations does.
+    conv1d only holds the weights of `causal_conv`. It is never called, so hooks on it never run,
+    and torch.nn.utils.prune, which needs them, does not work; torch.nn.utils.parametrizations does.
     """
 
     def __init__(self, d, n=16, d_conv=4, **s6):
         super().__init__()
-        self.conv1d = nn.Conv1d(d, d, d_conv, groups=d)     # holds the weights: see causal_conv
+        self.conv1d = nn.Conv1d(d, d, d_conv, groups=d)
         self.s6 = S6(d, n, **s6)
 
     def forward(self, a, state=None, mask=None):
@@ -157,7 +155,7 @@ class ConvS6(nn.Module):
 # The block.
 
 class Mamba(nn.Module):
-    """The mixer, without norm and residual: x (b, l, d_model) -> y, the same shape, and a State.
+    """Mamba without norm and residual: x (b, l, d_model) -> y, the same shape, and a State.
 
     expand      d = expand · d_model
     settings    of ConvS6 and of S6: d_conv, dt_rank, discretization, selection
@@ -207,9 +205,6 @@ def scale_residuals(blocks):
 
 class MambaLM(nn.Module):
     """Tokens (b, l) of int64 -> logits (b, l, vocabulary) for the token that comes next.
-
-    A prompt goes through in one call of the model, which returns states. From these it goes on, one
-    token at a time, each at the same cost however long the text has become.
 
     settings    of the blocks: n, expand, d_conv, dt_rank, discretization, selection
     """
@@ -262,9 +257,8 @@ def _unwrapped(name):
 def load_official(state_dict):
     """Weights by the names of state-spaces/mamba (1.x) or transformers -> a MambaLM with them.
 
-    All sizes are read from the shapes; a padded vocabulary stays padded. Weights do not tell all:
-    Falcon-Mamba has the same names and shapes, and a norm on Δ, B and C besides, and some models
-    have an epsilon in their norms other than 1e-5. These load, and give other logits than theirs.
+    All sizes are read from the shapes; a padded vocabulary stays padded. The epsilon of the norms
+    is not among the weights: a model with another one than 1e-5 loads, and gives other logits.
     Raises ValueError if this is no Mamba-1 language model with a tied head, and RuntimeError for
     weights that are missing, or that such a model does not have.
     """
@@ -274,12 +268,12 @@ def load_official(state_dict):
         for official, own in NAMES.items():
             name = name.replace(f"mixer.{official}", f"mixer.{own}")
         weights[name] = weight
-    path = "layers.0.mixer.path."
+    prefix = "layers.0.mixer.path."
     try:
         embedding = weights["embedding.weight"]
-        d, n = weights[path + "s6.A_log"].shape
-        dt_rank = weights[path + "s6.dt_proj.weight"].shape[-1]
-        d_conv = weights[path + "conv1d.weight"].shape[-1]
+        d, n = weights[prefix + "s6.A_log"].shape
+        dt_rank = weights[prefix + "s6.dt_proj.weight"].shape[-1]
+        d_conv = weights[prefix + "conv1d.weight"].shape[-1]
     except (KeyError, ValueError) as error:
         raise ValueError(f"no weights of a Mamba-1 language model: {error}") from None
     if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
@@ -314,7 +308,7 @@ def official_state_dict(model, style="transformers"):
         weights[f"backbone.{name}"] = weight.detach().clone()
         if name.startswith("embedding"):
             weights["lm_head.weight"] = weight.detach().clone()
-    load_official(weights)               # what goes out must come in
+    load_official(weights)               # raises an error if they would not load
     return weights
 
 
@@ -322,7 +316,7 @@ def official_state_dict(model, style="transformers"):
 # Generation: one token at a time, from the states.
 
 def sample(logits, temperature, top_k, generator):
-    """Draw a token from each row of logits (b, vocabulary), of the top_k likeliest: -> (b,) int64.
+    """Sample a token for each row of logits (b, vocabulary), of the top_k likeliest: (b,) int64.
 
     The Gumbel-max trick: add noise -log(e), with e from the exponential distribution, to logits /
     temperature. Then the largest sum is at token i with the probability that softmax(logits /
@@ -372,9 +366,9 @@ def generate(model, prompt, count, *, temperature=1.0, top_k=None, seed=0):
 def parameter_groups(model, weight_decay):
     """Groups for the optimizer: weight decay for matrices and kernels alone.
 
-    Biases, norms, D, A_log and tables of positions are offsets and scales, and zero is no natural
-    value for them: decay on A_log would pull every A towards -1, and so the n time scales of a
-    channel towards one. A module names those of its matrices in `no_decay`.
+    Spared are vectors (biases, norms, D) and the matrices that a module names in `no_decay`: A_log,
+    tables of positions. Decay on A_log would pull every A towards -1, and so the n time scales of a
+    channel towards one.
     """
     decayed = []
     spared = []

@@ -5,19 +5,19 @@
     h_t = Ā h_{t-1} + B̄ x_t,  y_t = 2 Re(C h_t) + D x_t    S4: linear, and the same at every token
 
 The GRU has a gate: z_t is a sigmoid of x_t and h_{t-1}, and where it is 1 a token leaves the state
-as it was. (h̃_t is the vanilla RNN's new state, with a second gate before U.) So a GRU can choose
-what to remember, as Mamba can. But its state is small: k numbers take some 3 k² weights. And each
-step needs the state before it, so the tokens cannot be computed all at once.
+as it was. (h̃_t is the vanilla RNN's new state, with a second gate on U h_{t-1}.) So a GRU can
+choose what to remember, as Mamba can. But its state is small: m numbers need about 3 m² weights.
+And each step needs the state before it, so the tokens cannot be computed all at once.
 
 Without tanh a recurrence can be unrolled. For the third line, y_t = D x_t + Σ_k K_k x_{t-k}, with
 K_k = 2 Re(C Ā^k B̄). So it is a convolution with a kernel K as long as the sequence, and the FFT
 computes it at all tokens at once. That is S4: trained as a convolution, and run as a recurrence.
 What makes its memory long is A: HiPPO gives the one that keeps the past of a signal as Legendre
 coefficients. ("S4" in these files is its diagonal form with zero-order hold, S4D-LegS: complex
-numbers in place of S4's full matrix.) Its state is large, but nothing in it looks at the input.
+numbers in place of S4's full matrix.) Its state is large, but Δ, B, C are the same for all inputs.
 
-S6 has both: the recurrence of S4, with Δ, B and C made from x. So it can choose what to remember,
-and is a convolution no longer: that is why s6.py needs a scan.
+S6 is the recurrence of S4 with Δ, B and C made from x. So it has a large state and can choose what
+to remember. But it is no longer a convolution: that is why s6.py needs a scan.
 
 `python rnn.py` draws what HiPPO remembers (figures/hippo.png), in a few seconds.
 
@@ -110,7 +110,7 @@ class Stack(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# HiPPO: the matrix that remembers.
+# HiPPO: a matrix A with which the state summarizes all of the past.
 
 def hippo(n):
     """HiPPO-LegS: -> A (n, n), B (n,), float64. Raises ValueError for n < 1.
@@ -163,16 +163,13 @@ def diagonal_hippo(n):
     (A + P Pᵀ) h + B x is n oscillators that fade alike: Λ = -1/2 ± iω. They come in pairs that are
     complex conjugates of each other, so one of each pair is enough.
 
-    What is lost. P Pᵀ is left out. S4 keeps it and pays with a more complicated kernel. DSS found
-    that models without it are as good, and S4D gave the reason: if B is halved, the response to a
-    given input tends to that of HiPPO as n grows. (The kernels themselves do not: Yu et al. 2023,
-    arXiv 2310.01698.) Why halved: P = B/√2, so P Pᵀ h is B/2 times Bᵀ h, and Bᵀ h is what the state
-    recalls of x at this moment (`recall` at point 1). So h' = (A + P Pᵀ) h - P Pᵀ h + B x is about
-    (A + P Pᵀ) h - B x / 2 + B x. S4 also drops the 1/t, so its clock does not stretch: the past
-    fades instead of counting all the same.
-
-    At n = 64 the fastest ω is about 1,300: with Δ = 0.1 that is 130 rad a token, far more than the
-    π that samples can resolve. Such modes do not act as oscillators.
+    What is lost. HiPPO's A is (A + P Pᵀ) - P Pᵀ, and the second term is left out. S4 keeps it and
+    pays with a more complicated kernel. DSS found that models without it are as good, and S4D gave
+    the reason: if B is halved, the response to a smooth input tends to that of HiPPO as n grows.
+    Why halved: P = B/√2, so P Pᵀ h is B/2 times Bᵀ h, and Bᵀ h is what the state recalls of x now
+    (`recall` at point 1). So h' = (A + P Pᵀ) h - P Pᵀ h + B x is about (A + P Pᵀ) h - B x/2 + B x.
+    S4 also drops the 1/t, so its clock does not stretch: the past fades instead of counting all the
+    same.
     Raises ValueError for an odd n.
     """
     if n % 2:
@@ -191,11 +188,11 @@ def diagonal_hippo(n):
 def _powers(step, l):
     """exp(step k), the powers of exp(step), for k = 0 … l-1: step (d, n/2) complex -> (d, n/2, l).
 
-    An exponential for each k would be most of the work of a layer. So k is written as a w + b with
-    w ≈ √l, like a number with two digits: exp(step k) = exp(step w a) · exp(step b) takes 2√l
-    exponentials and one product for each k. The angle ω Δ k can be thousands of turns, and float32
-    would round it too coarsely: it is computed in double precision, and what is left after whole
-    turns is cast back to step's precision.
+    An exponential for each k would be most of the work of a layer. So k is split like a number with
+    two digits, k = i · width + j with width ≈ √l: exp(step k) = exp(step i width) · exp(step j).
+    That takes 2√l exponentials and one product for each k. The angle ω Δ k can be thousands of
+    turns, and float32 would round it too coarsely: it is computed in double precision, and what is
+    left after whole turns is cast back to step's precision.
     """
     def few(count, stride):              # exp(step · stride · k), k = 0 … count-1
         k = stride * torch.arange(count, device=step.device)
@@ -211,11 +208,12 @@ def _powers(step, l):
 class S4(nn.Module):
     """x (b, l, d) -> y (b, l, d): each channel has a linear recurrence of its own, n numbers wide.
 
-    n real numbers are n/2 complex ones and their conjugates: a pair adds twice the real part. Δ, A,
-    C and the skip D are learned; B is HiPPO's, since y depends on the product of B and C alone.
+    n counts real numbers: n/2 complex ones are kept without their conjugates, and y takes twice the
+    real part instead. Δ, A, C and the skip D are learned; B is HiPPO's, since y depends on the
+    product of B and C alone.
 
     real    True: S4D-Real, the control without oscillations. A starts at -1, -2, … -n, as Mamba's
-            does, and n numbers are n real ones. (Where n/2 stands below it is then n.)
+            does, and all n numbers are real: read n for n/2 below
     Raises ValueError for an odd n.
     """
 
@@ -283,16 +281,16 @@ class S4(nn.Module):
         return torch.stack(ys, 1), h
 
     def convolve(self, x, h0=None):
-        """The same at once. y = K * x with K_k = 2 Re(C Ā^k B̄), (d, l).
+        """The same for all tokens at once: y is x convolved with K, K_k = 2 Re(C Ā^k B̄), (d, l).
 
-        K costs d·n·l, and the product in the frequency domain d·l·log l in place of d·l².
+        K costs d·n·l, and the convolution by FFT b·d·l·log l in place of b·d·l².
         """
         l = x.shape[1]
         x = x.transpose(1, 2).contiguous()                                     # (b, d, l)
         delta_A, B_bar, C = self.discretize()
         powers = _powers(delta_A, l)                                           # Ā^k, (d, n/2, l)
         K = 2 * torch.matmul((C * B_bar).unsqueeze(1), powers).squeeze(1).real         # (d, l)
-        # As long again in zeros, or the end of the sequence would wrap around to its beginning.
+        # Pad with l zeros. Otherwise the end of the sequence would wrap around to its beginning.
         spectrum = torch.fft.rfft(x, 2 * l) * torch.fft.rfft(K, 2 * l)
         y = torch.fft.irfft(spectrum, 2 * l)[..., :l]
         # h_l = Ā^l h_0 + Σ_k Ā^k B̄ x_{l-k}
@@ -344,12 +342,12 @@ def draw_hippo(path, l=1000):
         left.plot(recalled, color=color, linewidth=1.2, label=f"recalled from n = {n} numbers")
     sizes = [2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64]
     for samples, style in ((l, "o-"), (l // 2, "o--")):
-        coarse = signal(samples)
+        past = signal(samples)
         points = (np.arange(samples) + 0.5) / samples
         errors = []
         for n in sizes:
-            missed = recall(memorize(coarse, n)[-1], points) - coarse
-            errors.append(np.linalg.norm(missed) / np.linalg.norm(coarse))
+            missed = recall(memorize(past, n)[-1], points) - past
+            errors.append(np.linalg.norm(missed) / np.linalg.norm(past))
         right.semilogy(sizes, errors, style, color="black", label=f"{samples:,} samples")
     left.set(xlabel="sample", ylabel="value")
     right.set(xlabel="n: numbers in the state", ylabel="error of the recalled past, relative")

@@ -14,9 +14,9 @@ The glossary. The other files use the same names; the examples are those of trai
     l         int         length: tokens in a sequence                            49 patches
     d         int         channels; each has a state of its own                   128
     n         int         numbers in one channel's state                          16
-    x         (b, l, d)   input                                                   a feature
+    x         (b, l, d)   input
     delta Δ   (b, l, d)   step size, ≥ 0: how long the state looks at a token     0.01
-    A         (d, n)      < 0: how fast a number is forgotten, per unit of Δ      -1, -2, … -16
+    A         (d, n)      < 0: how fast a number of h fades, per unit of Δ        -1, -2, … -16
     B         (b, l, n)   where x_t is written in the state
     C         (b, l, n)   how the state is read
     D         (d,)        skip: what goes from x_t to y_t past the state          1
@@ -24,7 +24,7 @@ The glossary. The other files use the same names; the examples are those of trai
     y         (b, l, d)   output
     A_bar Ā   (b, d, n)   exp(Δ_t A), in (0, 1]: the part of a state that stays   exp(-0.01) = 0.99
     B_bar B̄   (b, d, n)   how much of x_t is written to each number of the state  0.01 B
-    u         (b, l, d)   what B_t spreads over the state: Δ_t x_t (in the loops of zoh: x_t)
+    u         (b, l, d)   what B_t multiplies: Δ_t x_t (under zero-order hold: x_t)
     ∂v        as v        gradient of the loss with respect to v, in code grad_v; g is ∂h_t
 
 What is in here. (A scan is a recurrence that runs over a whole sequence.)
@@ -32,15 +32,14 @@ What is in here. (A scan is a recurrence that runs over a whole sequence.)
     definition()                          the equation as it stands above: the reference
     class S6                              the layer: makes Δ, B, C from x, and scans
     selective_scan(method="sequential")   a compiled loop over time, its gradient derived by hand
-    selective_scan(method="parallel")     pieces of the sequence side by side, then joined
+    selective_scan(method="parallel")     the sequence in pieces, all of them at once
 
 A CPU takes the sequential scan, unless there is little to compute in a time step and the sequence
-is long. A GPU takes the parallel one. That has its own section: skip it on a first reading.
+is long. A GPU takes the parallel one. The section on it is for a second reading.
 
-Left out: the authors' fused CUDA kernel. It computes in one launch what takes many calls here: Δ,
-this recurrence, D x, and the gate of block.py. Of the states only every 2,048th leaves the GPU's
-fast on-chip memory. A second launch, for the gradients, starts from these and computes the others
-again.
+Left out: the authors' fused CUDA kernel, which does in one call what takes many here: Δ, this
+recurrence, D x, and the gate of block.py. Of the states it writes only every 2,048th to memory, and
+for the gradients it computes the others again, as is done here.
 
 Read next: test_scan.py, why you may believe this file; then block.py, what Mamba wraps around it.
 Source: Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
@@ -87,7 +86,7 @@ def definition(x, delta, A, B, C, D=None, h0=None, discretization="euler"):
     "zoh" (equation 4 of the paper) is exact while x is held: B̄ = ((exp(ΔA) - 1)/A) B. "euler" is
     what Mamba computes, in training and in use: B̄ = ΔB. (The paper states ZOH alone.) The relative
     error of this B̄ is about |ΔA|/2 while |ΔA| is small; at A = -16, Δ = 0.1 it is too large by a
-    factor of 2. Models that are trained either way end alike: see results/README.md.
+    factor of 2. On MNIST and on text no difference was measured: see results/README.md.
     """
     h = x.new_zeros(x.shape[0], *A.shape) if h0 is None else h0                # (b, d, n)
     ys = []
@@ -160,22 +159,20 @@ def find_padding(mask, x):
 # alone, so y is a convolution: that is S4 (rnn.py). With selection all tokens from s to t count.
 #
 # The same sum is attention without a softmax (Ali, Zimerman & Wolf 2024): C_t is the query, B_s the
-# key, x_s the value. Between query and key, each of the n numbers has a decay of its own, which
-# fades with distance. test_scan.py builds that matrix, (l, l), for each channel, and multiplies by
-# it. The scan gives the same y and never builds it. (In Mamba-2 one decay serves all n numbers, and
-# so it becomes a mask.)
+# key, x_s the value. In the product of query and key each of the n terms has a decay as a factor,
+# which gets smaller with distance. test_scan.py builds the matrix of these products, (l, l), for
+# each channel, and multiplies by it. The scan gives the same y and never builds it.
 #
 # What such a state cannot do: a factor Ā in (0, 1] never changes a sign. So no stack of such layers
 # can, at finite precision, follow the parity of a long row of bits, which flips at every 1 (Sarrof,
-# Veitsman & Hahn 2024; with Ā in (-1, 1) it can: Grazzi et al. 2024).
+# Veitsman & Hahn 2024; with Ā in [-1, 1] it can: Grazzi et al. 2024).
 #
-# Why Δ is called a gate (theorem 1). Let n = 1, A = -1, B = 1, Δ = softplus(z) = ln(1 + exp(z)).
-# Under zero-order hold Ā = exp(-Δ) = 1 - σ(z) and B̄ = 1 - Ā = σ(z), where σ is the sigmoid:
-#     h_t = (1 - σ(z_t)) h_{t-1} + σ(z_t) x_t
-# a gated RNN, a relative of GRU and LSTM. (What Mamba has beside the gate is room, a larger state:
-# visualize_delta.py compares it with a GRU.) Under Euler x_t has the weight softplus(z) instead,
-# which grows without bound. A itself is not made from x: Δ multiplies it, and so Ā is selective
-# already.
+# Why Δ is called a gate (theorem 1). Let n = 1, A = -1, B = 1, Δ = softplus(p) = ln(1 + exp(p)).
+# Under zero-order hold Ā = exp(-Δ) = 1 - σ(p) and B̄ = 1 - Ā = σ(p), where σ is the sigmoid:
+#     h_t = (1 - σ(p_t)) h_{t-1} + σ(p_t) x_t
+# a gated RNN, a relative of GRU and LSTM. (visualize_delta.py compares Mamba with a GRU.) Under
+# Euler x_t has the weight softplus(p_t), which grows without bound. A itself is not made from x:
+# Δ multiplies it, and so Ā is selective already.
 
 class S6(nn.Module):
     """x (b, l, d) -> y (b, l, d), state: Δ, B, C from x, and the scan. Official parameter names.
@@ -237,8 +234,7 @@ class S6(nn.Module):
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.n, self.n], -1)
         if self.selection == "BC":
             dt = torch.zeros_like(dt)              # Δ = softplus(bias)
-        # Under autocast the maps give bfloat16. Δ is made in float32 from there on: the decays
-        # exp(ΔA) of many tokens multiply up, and so would their rounding.
+        # Under autocast the maps give bfloat16. From here on Δ is float32: see `full`.
         delta = F.softplus(full(self.dt_proj(dt)))
         return delta, -torch.exp(full(self.A_log)), B, C
 
@@ -267,8 +263,6 @@ def selective_scan(x, delta, A, B, C, D=None, h0=None, *, method="auto", discret
     any argument is. Differentiable once, in every tensor argument and through the state, by reverse
     mode: a second time raises a RuntimeError, and so do the transforms of torch.func. A sequence of
     length 1 is the recurrence once, and goes through `definition`, which has all derivatives.
-    Documents that are packed into one row: at a separator with x = 0 and Δ = 1e4 the state forgets
-    exactly. (Δ = ∞ gives NaN, since ∞ · 0 is none. The convolution of block.py still sees across.)
     Raises ValueError for a wrong shape, dtype, device or name: what was expected and what came.
     """
     choose("method", method, METHODS)
@@ -308,21 +302,21 @@ def _pieces(x, n, method):
     b, l, d = x.shape
     width = max(1, b * d * n)            # numbers that one time step touches
     on_cpu = x.device.type == "cpu"
-    # l first: then what torch.export makes for short sequences works for any batch.
+    # l is tested first: for short sequences torch.export then finds no condition on the batch.
     sequential = on_cpu and (l < 64 or width >= NARROW)
     if method == "sequential" or (method == "auto" and sequential):
         return 1
     if not on_cpu:
-        # A call costs a launch, however narrow it is: about 27 for each token of a piece, 8 for
-        # each of the log₂ k rounds that join k pieces. So short pieces, of about log₂ l tokens. In
-        # a large scan launches do not matter; there the pieces are longer, so that fewer states
-        # are kept. (Measured on an H200: results/scan_gpu.csv.)
+        # A GPU waits for kernel launches: about 27 for each token of a piece, and 8 for each of the
+        # log₂ k rounds that join k pieces. So pieces are short, about log₂ l tokens. In a large
+        # scan the arithmetic takes longer than the launches. There pieces are longer, so that
+        # fewer states are kept. (Measured on an H200: results/scan_gpu.csv.)
         shortest = max(8, l.bit_length())
         return max(1, min(-(-l // shortest), WIDE // width))
     # Enough pieces that arithmetic outweighs call overhead, and few enough that their states fit
-    # the L2 cache. (6 and not 8: with a power of two, pieces often lie a power of two apart in
-    # memory, and compete for the same lines of the cache.) Of fewer than 16 tokens each they cost
-    # more to join than they save. Two at least, if there are two tokens.
+    # the L2 cache. (6 and not 8: pieces that lie a power of two apart compete for the same
+    # cache lines.) Of fewer than 16 tokens each they cost more to join than they save. Two at
+    # least, if there are two tokens.
     return max(1, min(2, l), min(6 * NARROW // width, l // 16))
 
 
@@ -331,16 +325,15 @@ def _pieces(x, n, method):
 #
 # Autograd could differentiate `definition`, but it would keep three tensors of the state's size for
 # every token (Ā, B̄ and h), and the gradient of each `delta[:, t]` would be a tensor of zeros as
-# long as the sequence: O(l²) work. So both loops are written out. A time step is a handful of
-# passes over the state, and these are what make the passes few and fast:
+# long as the sequence: O(l²) work. So both loops are written out. What makes a time step fast:
 #   - inside the loops a state is (b, n, d): with the channels innermost every pass runs along
 #     memory, and the sums over n (for y) and over d (for ∂B and ∂C) are products of a row and a
 #     matrix, which read the state once and write next to nothing;
 #   - B̄ is never formed, and going forward Ā for one step only, in a buffer that is used again;
 #     Euler computes exp(ΔA) as exp2(Δ A/ln 2), which takes half the time on many CPUs;
 #   - only every `keep`-th state survives the forward loop. The backward loop computes those between
-#     and their Ā again, a chunk at a time. With keep ≈ √l that is √l states to keep and 2√l to hold
-#     for a while instead of l, for one more forward pass.
+#     and their Ā again, a chunk at a time. With keep ≈ √l memory holds about 3√l tensors of the
+#     state's size instead of 3l, at the price of a second forward pass.
 #
 # The gradient, for one number of the state. Let ∂v be the derivative of the loss with respect to v,
 # for any v. One step of the recurrence is
@@ -358,9 +351,9 @@ def _pieces(x, n, method):
 #
 # The derivative of exp(Δ_t A) with respect to Δ_t A is Ā_t, so ∂(Δ_t A) = Ā_t ∂h_t h_{t-1} =: q_t.
 # Hence Ā gives Δ_t the gradient q_t A, and ∂A is the sum of q_t Δ_t over t. In the end, by u_t =
-# Δ_t x_t, ∂x_t = ∂u_t Δ_t, and ∂Δ_t gets ∂u_t x_t besides. With many channels and numbers, ∂u_t and
-# q_t A are summed over the n numbers that share them, ∂B_t and ∂C_t over the d channels, and ∂A
-# over the sequences.
+# Δ_t x_t, ∂x_t = ∂u_t Δ_t, and ∂Δ_t gets ∂u_t x_t besides. Where states share a value, it gets the
+# sum of their gradients: Δ_t and u_t over the n numbers, B_t and C_t over the channels, A over the
+# sequences.
 
 def script(function):
     """Compile with TorchScript, or return the function as it is where TorchScript does not work.
@@ -419,7 +412,7 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Optional[Tensor]
 def _backward(grad_y: Tensor, g: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
               kept: Tensor, keep: int, zoh: bool
               ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The adjoint of `_forward`: -> gradients of u, Δ (through Ā alone), A, B, C, and first state.
+    """The gradient of `_forward`: -> ∂ of u, Δ (through Ā alone), A, B, C, and the first state.
 
         ∂h_t = C_t ∂y_t + Ā_{t+1} ∂h_{t+1}        q_t = Ā_t ∂h_t h_{t-1}
 
@@ -509,7 +502,7 @@ def _hold_backward(A_bar: Tensor, h: Tensor, g: Tensor, x: Tensor, B: Tensor, A:
     return r
 
 
-_backward = script(_backward)            # here, since TorchScript compiles what it calls, too
+_backward = script(_backward)            # down here: it calls _hold_backward, compiled first
 
 
 class _Scan(torch.autograd.Function):
@@ -529,7 +522,7 @@ class _Scan(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):   # the state stays in float32
             u, delta, B, C = _fold([u, delta, B, C], k)
             h0 = _start_states(u, delta, A, B, h0, k, zoh)
-            # Keep every √T-th of the T states. Of pieces no more than every 12th: they are short
+            # Of T states keep every √T-th. With several pieces, at most every 12th: they are short
             # and many, and √T states of each would add up.
             length = u.shape[1]
             ctx.keep = max(1, round(math.sqrt(length)))
@@ -548,10 +541,10 @@ class _Scan(torch.autograd.Function):
         x, delta, A, B, C, kept = ctx.saved_tensors
         u = x if ctx.zoh else delta * x
         with torch.autocast(x.device.type, enabled=False):
-            u, step, B, C, grad_y = _fold([u, delta, B, C, grad_y], ctx.k)
-            g = _end_gradients(grad_y, step, A, C, grad_h, ctx.k)
+            u, folded_delta, B, C, grad_y = _fold([u, delta, B, C, grad_y], ctx.k)
+            g = _end_gradients(grad_y, folded_delta, A, C, grad_h, ctx.k)
             grad_u, grad_delta, grad_A, grad_B, grad_C, g = _backward(
-                grad_y, g, u, step, A, B, C, kept, ctx.keep, ctx.zoh)
+                grad_y, g, u, folded_delta, A, B, C, kept, ctx.keep, ctx.zoh)
         grad_u, grad_delta, grad_B, grad_C = _unfold(
             [grad_u, grad_delta, grad_B, grad_C], ctx.k, x.shape[1])
         grad_x = grad_u
@@ -577,9 +570,9 @@ _scan = torch.compiler.disable(_Scan.apply)
 #
 #     (a₂, s₂) ∘ (a₁, s₁) = (a₂ a₁, a₂ s₁ + s₂)
 #
-# so a prefix scan over the k pairs finds all the starts in log₂ k steps. Then the pieces are
-# scanned again, from there. That is twice the work in far fewer steps, and up to √(k l) states to
-# keep instead of √l. Nothing is ever divided by a decay, so nothing overflows.
+# so log₂ k rounds over the pairs give all the starts: a prefix scan, see `_chain`. Then the pieces
+# are scanned again, from there. That is twice the work in far fewer steps, and up to √(k l) states
+# to keep instead of √l.
 
 def _fold(tensors, k):
     """(b, l, …) -> (b·k, T, …) each, T = ⌈l/k⌉, zeros at the end: Δ = 0 leaves a state alone."""
@@ -615,7 +608,7 @@ def _chain(a, s, first):
     while hop < s.shape[1]:
         # Entry j composes the `hop` maps that end at j, and after each round twice as many: with
         # four pieces, j - 1 and j after the first round, all four after the second. (Hillis &
-        # Steele 1986; it does more work than Blelloch's scan, in fewer steps.)
+        # Steele 1986)
         s = torch.cat([s[:, :hop], torch.addcmul(s[:, hop:], a[:, hop:], s[:, :-hop])], 1)
         a = torch.cat([a[:, :hop], a[:, hop:] * a[:, :-hop]], 1)
         hop *= 2

@@ -255,13 +255,13 @@ def test_selection_makes_the_weight_of_an_input_depend_on_when_it_is_read():
 def test_theorem_1_with_one_number_per_state_S6_is_a_gated_RNN():
     """Catches: zero-order hold in name only; and says why Δ is called a gate.
 
-    n = 1, A = -1, B = C = 1, Δ = softplus(z): h_t = (1 - g_t) h_{t-1} + g_t x_t, g = σ(z).
-    That is zero-order hold. Under Euler x_t weighs softplus(z), without bound.
+    n = 1, A = -1, B = C = 1, Δ = softplus(p): h_t = (1 - g_t) h_{t-1} + g_t x_t, g = σ(p).
+    That is zero-order hold. Under Euler x_t weighs softplus(p), without bound.
     """
-    x, z, *_ = inputs()
-    z = 9 * z - 4                            # from -4 to 20
-    delta = F.softplus(z)
-    gate = torch.sigmoid(z)
+    x, p, *_ = inputs()
+    p = 9 * p - 4                            # from -4 to 20
+    delta = F.softplus(p)
+    gate = torch.sigmoid(p)
     A = -torch.ones(3, 1).double()
     one = torch.ones(2, 7, 1).double()
     h = torch.zeros(2, 3)

@@ -11,7 +11,7 @@
     python train_mnist.py --dataset fashion     FashionMNIST
     python train_mnist.py --dataset FOLDER      own images: FOLDER/train/<class>/*, FOLDER/test/…
     python train_mnist.py --quick               a first look in about a minute
-    python train_mnist.py --predict FILE …      classify your own pictures by the trained model
+    python train_mnist.py --predict FILE …      classify your own pictures with the trained model
     python train_mnist.py --compare --seeds 0 1 2     every model with every seed: table and figure
     python train_mnist.py --resume              go on after Ctrl-C, on a CPU to the same weights
     torchrun --nproc_per_node=2 train_mnist.py  each of two processes takes half of every batch
@@ -68,8 +68,8 @@ from vision import (
 # The models, and their colours in the figures: told apart by those who cannot tell red from green.
 COLORS = {"bidirectional": "#d55e00", "causal": "#0072b2", "s4": "#009e73"}
 COLORS |= {"rnn": "#7f7f7f", "gru": "#e69f00", "forward": "#56b4e9"}
-# To add one: its class must take train=True, and have .data, .targets and .classes. CIFAR100 does,
-# SVHN does not.
+# To add a data set: its class must take train=True, and have .data, .targets and .classes, as
+# CIFAR100 does.
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
 
 
@@ -106,8 +106,8 @@ RECIPES["mnist"] = dict(                 # chosen on 5,000 training images held 
     d_model=64,                          # width of the residual stream
     layers=2,                            # S4 gets twice as many: its blocks are half as large
     hidden=152,                          # width of the RNN: 96,000 parameters, as all have
-    hidden_gru=84,                       # width of the GRU: the same parameters
-    state=92,                            # numbers in a state of S4: the same parameters
+    hidden_gru=84,                       # width of the GRU: as many parameters
+    state=92,                            # numbers in a state of S4: as many parameters
 )
 RECIPES["pixels"] = dict(
     RECIPES["mnist"],
@@ -116,7 +116,7 @@ RECIPES["pixels"] = dict(
     position="axes",                     # a vector for each pixel would be 38 % of the model
     augment="none",                      # in one epoch no image is seen twice
     epochs=1,
-    batch=32,                            # 784 tokens are sixteen times as many as 49
+    batch=32,                            # half as many: an image has sixteen times as many tokens
     hidden=153,                          # 86,000 parameters, as all have
 )
 RECIPES["next-pixel"] = dict(
@@ -162,16 +162,14 @@ CHOICES |= {"stem": STEMS, "position": POSITIONS, "pool": POOLS, "fuse": FUSIONS
 CHOICES |= {"discretization": DISCRETIZATIONS, "selection": SELECTIONS}
 
 # The rows of the table that --compare makes: a name, and what it changes in the recipe. To train
-# one row alone: --compare ROW --name FILES. (Without --name its table replaces the whole one.) Each
-# Mamba of the poster differs from the one above it in one respect: the learning rate (with its
-# clipping), the branches, the direction, the rate again.
+# one row alone: --compare ROW --name FILES. (Without --name its table replaces the whole one.)
 ROWS = {}
 for name in ("mnist", "pixels", "cifar10"):
     models = ("bidirectional", "causal", "s4", "gru", "rnn")
     ROWS[name] = {model: {"model": model} for model in models}
 ROWS["next-pixel"] = {model: {"model": model} for model in ("causal", "s4")}
 ROWS["poster"] = {
-    "rnn-64": dict(model="rnn", pool="last", hidden=64),           # the sources of the day say 64
+    "rnn-64": dict(model="rnn", pool="last", hidden=64),   # in the poster's code of that day
     "rnn": dict(model="rnn", pool="last"),
     "forward-3e-4": dict(model="forward", lr=3e-4, clip=0.5),      # "causal" on the poster
     "forward-1e-3": dict(model="forward"),                         # another rate
@@ -185,7 +183,7 @@ ROWS["poster"] = {
 # The data, and the models, each with its task.
 
 class Data(NamedTuple):
-    """A data set. `build` needs no more than the first fields."""
+    """A data set. With --predict there are no images: the last four fields are None."""
     name: str                    # what every result carries
     classes: list                # names: label i means classes[i]
     shape: list                  # [c, h, w]
@@ -203,7 +201,7 @@ class Task(NamedTuple):
     classes: int                 # how many answers there are to choose from
     score: Callable              # nats, percent right -> {column: text}; the last one is the score
     label: str                   # the score in words, with its unit
-    digits: int                  # that it is printed with
+    decimals: int                # of the score when it is printed
 
 
 def classification(data):
@@ -246,8 +244,7 @@ def build(recipe, data):
 
     if recipe["task"] == "next-pixel":
         if channels > 1 or model not in ("causal", "s4"):
-            raise ValueError("next-pixel needs grey images, and --model causal or s4: the others "
-                             "see the pixel that they must guess, or cannot go on from a state")
+            raise ValueError("next-pixel needs grey images, and --model causal or s4")
         if model == "causal":
             how = {key: recipe[key] for key in ("n", "discretization", "selection")}
             blocks = [MambaBlock(d_model, **how) for _ in range(layers)]
@@ -336,7 +333,7 @@ def train(recipe, data, device, path, resume):
         targets = targets.flatten()
         loss = F.cross_entropy(logits, targets, label_smoothing=recipe["smoothing"])
 
-        # Backward, and the step of the weights; the log (under torchrun, of this process's share).
+        # Backward, and the step of the weights. (Under torchrun the log is of this share.)
         update(modules, loss, recipe, step, steps)
         right = (logits.argmax(1) == targets).float().mean()
         log_step(log, loss, right, start, steps)
@@ -397,28 +394,30 @@ def evaluate(model, task, data, size=125):
 
 
 # --------------------------------------------------------------------------------------------------
-# You may stop here. From here on: what users need. First the images: warps, files, stand-ins.
+# You may stop here. The rest: images, figures, predictions, the command line. First the images:
+# warps, files, stand-ins.
 #
 # torchvision's transforms draw their parameters once per call: all images of a batch would share
 # one warp. The first two functions draw for each image.
 
 def warp(images, degrees, scale, shear, shift, generator=None):
-    """Each image (b, c, h, w) rotated, scaled, sheared and shifted by amounts of its own.
+    """Each image (b, c, h, w) rotated, scaled, sheared and shifted, by random amounts of its own.
 
-    The amounts are uniform up to ± degrees, a fraction, degrees, and pixels. The pixel at p comes
-    from rotation · shear · scale · p + shift, in coordinates from -1 to 1.
+    Each amount is uniform between minus and plus its limit: degrees and shear are in degrees, scale
+    is a fraction, shift is in pixels. The pixel at p comes from rotation · shear · scale · p +
+    shift, in coordinates from -1 to 1.
     """
     b, _, height, width = images.shape
 
-    def draw(limit):
+    def uniform(limit):
         return limit * (2 * torch.rand(b, generator=generator, device=images.device) - 1)
 
-    angle = draw(math.radians(degrees))
-    skew = draw(math.tan(math.radians(shear)))
-    wide = 1 + draw(scale)
-    high = 1 + draw(scale)
-    right = draw(2 * shift / width)
-    down = draw(2 * shift / height)
+    angle = uniform(math.radians(degrees))
+    skew = uniform(math.tan(math.radians(shear)))
+    wide = 1 + uniform(scale)
+    high = 1 + uniform(scale)
+    right = uniform(2 * shift / width)
+    down = uniform(2 * shift / height)
     cos = torch.cos(angle)
     sin = torch.sin(angle)
     ratio = height / width               # a step of 1 is half the width, or half the height
@@ -505,8 +504,8 @@ def load_data(dataset, source, data_dir, size):
         # Damaged files are an accident that should be noticed: nothing stands in for them.
         there = Path(data_dir, "MNIST", "raw", "train-images-idx3-ubyte").exists()
         if dataset != "mnist" or source == "real" or there:
-            raise ValueError(f"{problem}. Delete what is damaged and connect to the network, or "
-                             f"use --dataset FOLDER or --data synthetic") from error
+            raise ValueError(f"{problem}. Connect to the network (Delete damaged files first), or "
+                             f"use --dataset FOLDER, or for mnist --data synthetic") from error
     warn(f"{problem}.\nTraining on SYNTHETIC digits: results say nothing about MNIST.")
     return synthetic_digits()
 
@@ -559,8 +558,8 @@ def images_by_class(folder):
     Raises ValueError if there is no folder, and for a class without images.
     """
     if not os.path.isdir(folder):
-        raise ValueError(f"there is no folder {folder}, and no data set of that name but "
-                         f"{', '.join(TORCHVISION)}")
+        raise ValueError(f"there is no folder {folder}: --dataset takes a folder with train and "
+                         f"test in it, or one of {', '.join(TORCHVISION)}")
     found = []
     for path in sorted(Path(folder).glob("[!.]*")):
         if path.is_dir():
@@ -596,7 +595,7 @@ def read_image(path, size=None, mode="RGB"):
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
-            image = image.convert(mode)  # first: a one-bit image is resized without smoothing
+            image = image.convert(mode)  # before resize: PIL does not smooth one-bit images
             if size:
                 image = image.resize(size[::-1])
             return pil_to_tensor(image)
@@ -666,7 +665,7 @@ def shrink(data, args, recipe):
     count = len(train[0])
     if recipe["epochs"] * (count // recipe["batch"]) < 2:
         raise ValueError(f"{count} training images are too few for two steps: use a --batch "
-                         f"smaller than {recipe['batch']}, or more --epochs")
+                         f"smaller than {recipe['batch']}")
     return Data(name, *data[1:5], *train, *test)
 
 
@@ -711,9 +710,9 @@ def print_comparison(runs):
         gained = ""
         if above:
             gained = [ours - theirs for ours, theirs in zip(scores, above)]
-            gained = mean_sd(gained, task.digits)
+            gained = mean_sd(gained, task.decimals)
         sizes.append(count_parameters(its_runs[0].average))
-        score = mean_sd(scores, task.digits)
+        score = mean_sd(scores, task.decimals)
         lines.append([row, f"{sizes[-1]:,}", score, gained, mean_sd(seconds, 0)])
         above = scores
     print_table(["model", "parameters", task.label, "change from the line above", "seconds"], lines)
@@ -726,8 +725,6 @@ def draw_runs(path, runs, title):
 
     runs    {row of the table: its runs, one for each seed}. A line is the mean over seeds, the band
             goes from the lowest to the highest; on the right there is a line per seed
-    What to see: over steps all but the RNN lie close together. Over seconds they part, since a step
-    of the cheaper ones takes less time.
     """
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
@@ -750,7 +747,7 @@ def draw_runs(path, runs, title):
     # Both axes are logarithmic in the loss, since late in a training the differences are small.
     axes[0].set(xlabel="training step", ylabel="training loss (nats)", yscale="log")
     axes[1].set(xlabel="seconds of training", yscale="log")
-    axes[2].set(xlabel="epoch", ylabel=run.task.label)
+    axes[2].set(xlabel="epoch", ylabel=its_runs[0].task.label)
     axes[2].xaxis.get_major_locator().set_params(integer=True)
     for ax in axes:
         ax.grid(alpha=0.3, which="both")
@@ -803,9 +800,11 @@ def predict(args, recipe):
     pattern = f"{args.name or recipe['recipe']}*-{recipe['model']}-seed*.pt"
     path = args.checkpoint or newest_checkpoint(args.out, [pattern])
     checkpoint = read_checkpoint(path)
+    if not checkpoint["scores"]:
+        print(f"{path}: no epoch of this training is finished", file=sys.stderr)
     recipe = checkpoint["recipe"]
     if recipe.get("task") != "classify" or RECIPES["mnist"].keys() - recipe.keys():
-        raise ValueError(f"{path} holds no model that tells classes apart, or one by another "
+        raise ValueError(f"{path} holds no model that tells classes apart, or one of another "
                          f"version of the code")
     facts = checkpoint["data"]
     facts.pop("fingerprint")
@@ -874,7 +873,10 @@ def parse(arguments):
     refuse(parser, args, "seeds", ["seed"])
     training = [setting for setting in settings if setting != "model"]
     training += ["compare", "seeds", "quick", "limit", "holdout", "size", "resume"]
+    training += ["data", "data_dir", "device"]       # it predicts on the CPU
     refuse(parser, args, "predict", training)
+    if args.size and recipe["dataset"] in TORCHVISION:
+        parser.error("--size is for the images of a folder")
     if (args.checkpoint or args.invert) and not args.predict:
         parser.error("--checkpoint and --invert are for --predict; --resume takes the file of "
                      "--out and --name")
@@ -882,7 +884,7 @@ def parse(arguments):
 
 
 def training_name(recipe, data_name):
-    """What files are called: after the recipe, and what the data's name has beyond its own data.
+    """What files are called: the recipe, then the data's name, less the recipe's usual data set.
 
     Examples: "poster" on mnist, "poster-quick", "poster-fashion", "cifar10-own-pets-limit-640".
     """
@@ -900,8 +902,8 @@ def run(args, recipe):
         check_folders("results", "figures")
     device = choose_device(args.device)
     start_processes(device, recipe["batch"])
-    place = (recipe["dataset"], args.data, args.data_dir, args.size)
-    data = first_process_first(lambda: load_data(*place))
+    data = first_process_first(
+        lambda: load_data(recipe["dataset"], args.data, args.data_dir, args.size))
     data = shrink(data, args, recipe)
     data = Data(*data[:3], *[tensor.to(device) for tensor in data[3:]])
     name = args.name or training_name(recipe["recipe"], data.name)

@@ -6,7 +6,7 @@
     python train_shakespeare.py --text FILE            any UTF-8 text in place of Shakespeare
     python train_shakespeare.py --model gru            a GRU with the same number of parameters
     python train_shakespeare.py --seeds 0 1 2          one model per seed: table and figure
-    python train_shakespeare.py --resume               go on after Ctrl-C, to the same weights
+    python train_shakespeare.py --resume               go on after Ctrl-C; on a CPU: same weights
     torchrun --nproc_per_node=2 train_shakespeare.py   each of two processes takes half the batch
 
 A token is a character. The loss is -ln p of the next character, in nats, or -log₂ p, in bits. The
@@ -75,7 +75,7 @@ RECIPE = dict(
     d_model=128,
     layers=4,                    # of Mamba
     discretization="euler",      # of Mamba, as its authors have it; or "zoh": see s6.py
-    hidden=203,                  # width of the GRU, which has two layers: the same parameters
+    hidden=203,                  # width of the GRU, which has two layers: as many parameters
 )
 CHOICES = {"model": ("mamba", "gru"), "schedule": SCHEDULES, "discretization": DISCRETIZATIONS}
 
@@ -138,14 +138,14 @@ def train(recipe, text, device, path, resume):
     modules = modules_for(model, parameter_groups(model, recipe["weight_decay"]))
 
     # The rule: whatever lives from one step to the next must be in the checkpoint, or a resumed
-    # training ends in other weights. These are the modules and the record. Of the record the states
-    # are what the rows remember; None at the beginning of an epoch.
+    # training ends in other weights. These are the modules and the record. record["states"] holds
+    # what the rows remember; it is None where an epoch begins.
     record = {"recipe": recipe, "data": facts_of(text), "log": [], "scores": [], "states": None}
     if resume:
         record = resume_from(path, record, modules)
     log = record["log"]                  # the same lists: to append here is to append to the record
     scores = record["scores"]
-    states = record["states"]            # other ones after each step: put back before each save
+    states = record["states"]            # a new list after each step, put back before each save
     if states and PROCESSES > 1:
         raise ValueError(f"{path} was saved within an epoch: go on without torchrun")
     # The first save comes at once: so a folder that cannot be written is noticed now.
@@ -199,7 +199,8 @@ def train(recipe, text, device, path, resume):
             states = None
             average = modules["average"]
             stream = stream_loss(average, text)
-            scores.append((stream, block_losses(average, text, recipe["length"]).mean().item()))
+            blocks = block_losses(average, text, recipe["length"]).mean().item()
+            scores.append((stream, blocks))
             print(f"  epoch {len(scores)}{progress(log, steps, steps_per_epoch)}")
             print_epoch(average, text, recipe, scores)
         record["states"] = states
@@ -282,8 +283,8 @@ def print_epoch(model, text, recipe, scores):
 
 
 # --------------------------------------------------------------------------------------------------
-# You may stop here. From here on: what users need. First the text: Shakespeare where it can be had,
-# Python's help texts where not.
+# You may stop here. The rest: files, figures, writing, the command line. First the text:
+# Shakespeare where it can be had, Python's help texts where not.
 
 def facts_of(text):
     """What a checkpoint says of its text: the vocabulary, which belongs to the weights; a hash."""
@@ -460,18 +461,18 @@ def draw_loss(path, runs, recipe, text, title):
     length = recipe["length"]
     millions = recipe["batch"] * length / 1e6              # characters per step
     for i, run in enumerate(runs):
-        hidden = "_" if i else ""        # a label that begins with _ stays out of the legend
+        prefix = "_" if i else ""        # a label that begins with _ stays out of the legend
         losses = torch.tensor(run.log)[:, 0]
         width = max(1, len(losses) // 100)                 # steps that a point is the mean of
         losses = losses.unfold(0, width, width).mean(1)
         read = millions * width * torch.arange(1, len(losses) + 1)
-        left.plot(read, losses, color="#7f7f7f", linewidth=1, label=hidden + "training")
+        left.plot(read, losses, color="#7f7f7f", linewidth=1, label=prefix + "training")
 
         stream, blocks = zip(*run.scores)
         read = millions * len(run.log) / len(stream) * torch.arange(1, len(stream) + 1)
         style = dict(marker="o", markersize=3)
-        left.plot(read, blocks, color=blue, label=hidden + "validation, in blocks", **style)
-        left.plot(read, stream, color=red, label=hidden + "validation, streaming", **style)
+        left.plot(read, blocks, color=blue, label=prefix + "validation, in blocks", **style)
+        left.plot(read, stream, color=red, label=prefix + "validation, streaming", **style)
     # The first losses are far above the rest, and would squeeze it into a flat line: cut them off.
     low, high = left.get_ylim()
     left.set_ylim(low, min(high, low + 1))
@@ -497,10 +498,12 @@ def load_model(path, device):
     The vocabulary belongs to the weights: token 5 is a letter only by its place in there.
     """
     checkpoint = read_checkpoint(path)
+    if not checkpoint["scores"]:
+        print(f"{path}: no epoch of this training is finished", file=sys.stderr)
     recipe = checkpoint["recipe"]
     vocabulary = checkpoint["data"].get("vocabulary")
     if vocabulary is None or RECIPE.keys() - recipe.keys():
-        raise ValueError(f"{path} holds no language model, or one by another version of the code")
+        raise ValueError(f"{path} holds no language model, or one of another version of the code")
     model = build(recipe, vocabulary)
     fill_modules(path, checkpoint, {"average": model})
     return model.to(device).eval(), vocabulary
@@ -541,7 +544,8 @@ def parse(arguments):
     add = parser.add_argument
     add("--text", metavar="FILE", help="train on this text, UTF-8")
     add("--generate", metavar="PROMPT", help="write instead of training; --seed: another text")
-    add("--tokens", type=KINDS[int], default=1000, help="to write, default %(default)s")
+    add("--tokens", type=KINDS[int], default=1000,
+        help="with --generate: how many to write, default %(default)s")
     add("--temperature", type=KINDS[float], default=0.8,
         help="1: as the model has it; 0: always the most likely; default %(default)s")
     add("--top-k", type=KINDS[int], help="draw among so many characters only, default all")
@@ -553,7 +557,7 @@ def parse(arguments):
         recipe["epochs"] = 1
     refuse(parser, args, "seeds", ["seed"])
     training = [setting for setting in RECIPE if setting != "seed"]
-    refuse(parser, args, "generate", training + ["seeds", "quick", "resume"])
+    refuse(parser, args, "generate", training + ["seeds", "quick", "resume", "data", "data_dir"])
     if args.checkpoint and args.generate is None:
         parser.error("--checkpoint is for --generate; --resume takes the file of --out and --name")
     return args, recipe

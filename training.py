@@ -43,8 +43,8 @@ from torch.nn.parallel import DistributedDataParallel
 def seed_for(seed, what, number=0):
     """A seed for one purpose: from 0 to 2³² - 1.
 
-    Hashed, since PyTorch's CPU generator reads 32 bits of a seed. `what` is only a name, but with
-    another name come other results.
+    A hash mixes all three into 32 bits, since PyTorch's CPU generator reads no more of a seed.
+    `what` is only a name, but with another name come other results.
     """
     text = f"{seed} {what} {number}"
     digest = hashlib.sha256(text.encode()).digest()
@@ -108,16 +108,16 @@ def modules_for(model, groups):
 
 
 def accelerated(model, device, *inputs):
-    """The model as the loop calls it: shared by the processes, or recorded for the GPU.
+    """The model as the loop calls it: under torchrun with shared gradients, on a GPU as a graph.
 
     inputs    what the model will be called with: tensors, or lists of them
 
     On a GPU the forward and the backward pass are recorded as CUDA graphs. A small model is
     hundreds of small kernels, and the GPU mostly waits until Python has launched the next one. A
-    graph launches all of them in one call, and computes the same. The shapes of all later calls
-    must be those of the inputs, and so must everything that depends on Python: a loop over time is
-    recorded with its length. In mode eval() the model runs as before. Gradients must be reset
-    before each backward pass, as `update` does.
+    graph launches all of them in one call, and computes the same. Python code runs only while it
+    is recorded: later calls need inputs of the same shapes, and repeat the same loops and
+    branches. In mode eval() the model runs as before. Gradients must be reset before each backward
+    pass, as `update` does.
     """
     if PROCESSES > 1:                    # averages the gradients over the processes
         return DistributedDataParallel(model)
@@ -178,7 +178,8 @@ def fill_modules(path, checkpoint, modules):
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except Exception as error:           # too few weights, too many, of other shapes, not tensors
-        raise ValueError(f"{path} is by another model, or another version of the code") from error
+        raise ValueError(f"{path} is of another model, or of another version of the code"
+                         ) from error
 
 
 def resume_from(path, record, modules):
@@ -209,10 +210,10 @@ def newest_checkpoint(folder, patterns):
     for pattern in patterns:
         found += Path(folder).glob(pattern)
     if not found:
-        raise ValueError(f"there is no {folder}/{patterns[0]}: train a model, or name one by "
+        raise ValueError(f"there is no {folder}/{patterns[0]}: train a model, or name one with "
                          f"--checkpoint")
     newest = max(found, key=os.path.getmtime)
-    print(f"by {newest}", file=sys.stderr)
+    print(f"using {newest}", file=sys.stderr)
     return newest
 
 
@@ -305,9 +306,8 @@ def log_step(log, loss, right, start, steps):
     seconds = log[-1][2] if log else 0.0
     seconds += time.perf_counter() - start
     log.append((loss.item(), right.item(), seconds))
-    on_screen = sys.stdout is not None and sys.stdout.isatty()
-    if len(log) % 20 == 0 and on_screen:
-        print(progress(log, steps, 100), end="\r", flush=True)
+    if len(log) % 20 == 0 and sys.stdout.isatty():
+        print(progress(log, steps, 100), end="  \r", flush=True)   # blanks: a line may shrink
 
 
 def progress(log, steps, window):
@@ -381,7 +381,7 @@ def between(kind, low, high=math.inf):
     return number
 
 
-# The type of a setting says what it may be; for some, more is known.
+# The range of a flag goes by the type of its setting; some settings have one of their own.
 whole = between(int, 0, 2 ** 63 - 1)     # PyTorch's largest integer
 fraction = between(float, 0, 1)
 KINDS = {int: between(int, 1), float: between(float, 0), str: str}
@@ -414,12 +414,13 @@ def make_parser(usage, description, recipe, choices):
             how["metavar"] = "VALUE"
         add("--" + setting.replace("_", "-"), **how)
 
-    add("--seeds", nargs="+", type=whole, help="train with each of these: table and figure")
+    add("--seeds", nargs="+", type=whole,
+        help="train with each of these: a table and a figure, which replace those of that name")
     add("--name", help="what files are called; default: after the recipe and the data")
     add("--quick", action="store_true", help="little data, few epochs: a first look")
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--checkpoint", metavar="FILE",
-        help="what to predict or generate by; default: the newest in --out that fits")
+        help="the model to predict or generate with; default: the newest in --out that fits")
     add("--data", choices=["auto", "real", "synthetic"], default="auto",
         help="default auto: others stand in, loudly, if the real ones cannot be had")
     add("--data-dir", default="data", help="default %(default)s")
@@ -435,7 +436,7 @@ def given_settings(args, recipe):
 
 def refuse(parser, args, flag, others):
     """End with an error if the flag was given, and one of the others as well."""
-    given = [name for name, value in vars(args).items() if value not in (None, False, 0)]
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     for other in others:
         if flag in given and other in given:
             other = other.replace("_", "-")
@@ -449,9 +450,9 @@ def refuse(parser, args, flag, others):
 def write(path, data, keep_old=False):
     """Write bytes to a temporary file, then move it to path.
 
-    keep_old    what was at path becomes path.old, so that a command given twice costs nothing
-    os.replace is atomic: whoever looks at path sees the old file or the new one. The process id in
-    the temporary name keeps two trainings of one name from writing into each other's file.
+    keep_old    what was at path becomes path.old (and replaces an older path.old)
+    os.replace is atomic: nobody sees half a file. The process id in the temporary name keeps two
+    trainings of one name from writing into each other's file.
     Raises OSError, naming the path.
     """
     part = f"{path}.{os.getpid()}.part"
@@ -513,7 +514,9 @@ def first_line(error):
 
 
 def run_script(script, run, after_stop):
-    """Call run(). An error or Ctrl-C ends the script with one line in place of a traceback.
+    """Call run(). Ctrl-C, or an error of the user's, ends the script with one line.
+
+    A bug, such as a RuntimeError about shapes, keeps its traceback.
 
     after_stop    what to tell who stopped it, such as "a training goes on with --resume"
     The exit status is 0; 1 after an error; 130 after Ctrl-C, or when nobody reads the output.
@@ -529,5 +532,5 @@ def run_script(script, run, after_stop):
     except BrokenPipeError:              # `| head` has seen enough: drop what is still to print
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(130)
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"{script}: {first_line(error)}")

@@ -11,15 +11,15 @@ see the lower right. The bidirectional block scans the same tokens twice, each t
 convolution and an S6 of its own, the second time in reverse. Then it fuses the two outputs by
 average or concatenation. (Vision Mamba's paper adds them; the released models also divide by 2.)
 
-Where the tokens are single pixels, an image can also be drawn: `PixelLM` guesses each pixel from
-those before it.
+Where the tokens are single pixels, an image can also be generated: `PixelLM` guesses each pixel
+from those before it.
 
 direction="causal" is the control: the same two branches, parameters and cost, and the second branch
 is merely not reversed. What differs between the two models is the direction, and nothing else.
 direction="forward" has one branch alone. It is what most people mean by a causal Mamba, but with
 half the scans it is no fair control: `python train_mnist.py poster --compare` shows both.
 
-Symbols: the glossary of s6.py. Left out: a class token (`pool` reads all tokens), and pre-training.
+Symbols: the glossary of s6.py. Left out: a class token, and pre-training.
 Read before: block.py. Read next: rnn.py, what came before; then train_mnist.py.
 Source: Zhu et al. 2024, "Vision Mamba", sections 3.2 and 3.3. The convolutional stem: Xiao et al.
 2021, "Early Convolutions Help Transformers See Better".
@@ -48,8 +48,8 @@ POOLS = {  # tokens (b, l, width) -> (b, width)
 class PixelNorm(RMSNorm):
     """RMSNorm over the channels of each pixel: (b, channels, height, width), in and out.
 
-    Not BatchNorm or GroupNorm: they would tell each token about the whole image, or the batch. So
-    a token sees its neighbours alone (with these stems, some in the row below, too).
+    Not BatchNorm or GroupNorm: they would tell each token about the whole image, or the batch. With
+    this norm a token sees its neighbourhood alone, which reaches into the row below.
     """
 
     def forward(self, x):
@@ -81,9 +81,9 @@ class Stem(nn.Module):
              the last one depthwise, and a linear map to d_model. The same tokens in the same
              order, but each sees more than its patch, by the same margin on every side: 12×12
              pixels for a patch of 4
-    "deep"   for photographs: five full convolutions, of d_model/4, d_model/2 and three times
-             d_model channels. The first three shrink the image as above; the last two, on the small
-             image, are most of the work. Each token sees 28×28 pixels for a patch of 4
+    "deep"   for photographs: five full convolutions. The first has d_model/4 channels, the second
+             d_model/2, the others d_model. The first three shrink the image as above; the last two,
+             on the small image, are most of the work. Each token sees 28×28 pixels for a patch of 4
     Raises ValueError for another kind, and for a patch that the convolutions cannot have.
     """
 
@@ -124,7 +124,7 @@ def along_axes(table, rows, columns):
 # The block: two scans over the same tokens, or one.
 
 class VisionBlock(nn.Module):
-    """x -> x + out_proj(fuse(S6→, S6←) · SiLU(z)), (b, l, d_model): two paths of block.py.
+    """x -> x + out_proj(fuse(S6→, S6←) · SiLU(z)), (b, l, d_model), with two ConvS6, or one.
 
     direction   "bidirectional", "causal" (both paths forward), "forward" (one path: a MambaBlock)
     fuse        the two paths by "average" or "concat"
@@ -163,7 +163,7 @@ class VisionBlock(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# The classifier: one frame, whatever reads the tokens.
+# The classifier: the same stem, pooling and head around any model that reads tokens.
 
 class ImageClassifier(nn.Module):
     """Images (b, channels, height, width) -> logits (b, classes), by any body that reads tokens.
@@ -261,7 +261,6 @@ class PixelLM(nn.Module):
         self.head = nn.Linear(d_model, GREYS)
 
     def forward(self, tokens):
-        """tokens (b, l) -> logits (b, l, 256), from the beginning of an image on."""
         return self.read(tokens)[0]
 
     def read(self, tokens, past=None):
@@ -272,7 +271,7 @@ class PixelLM(nn.Module):
         """
         place, states = past or (0, [None] * len(self.blocks))
         end = place + tokens.shape[1]
-        position = along_axes(self.position, *self.image_size)                 # (h·w, d_model)
+        position = along_axes(self.position, *self.image_size)                 # (pixels, d_model)
         if end > len(position):
             raise ValueError(f"PixelLM: {end} tokens, and the image has {len(position)} pixels")
         new = []
@@ -285,10 +284,10 @@ class PixelLM(nn.Module):
 
 @torch.inference_mode()
 def complete(model, given, length, seed):
-    """Draw the rest of images: model a PixelLM, given (b, g) int64, g < length -> (b, length).
+    """Continue images: model a PixelLM, given (b, g) int64, g < length -> (b, length).
 
     The pixels that are given are read in one call; then every pixel is a step of the recurrence,
-    sampled from softmax(logits). The same seed draws the same pixels.
+    sampled from softmax(logits). The same seed gives the same pixels.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = F.pad(given, (1, 0), value=BEGIN)                                 # (b, 1+g)

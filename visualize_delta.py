@@ -1,4 +1,4 @@
-"""visualize_delta.py: look at Δ, channel by channel; and test what a gate and room are good for.
+"""visualize_delta.py: look at Δ, channel by channel; test what a gate and a large state are for.
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        Δ_t → 0: token t leaves the state as it was
 
@@ -13,13 +13,13 @@ The claim: Δ is the gate by which a selective model decides what to write into 
 alone proves nothing. So each one has a control on the same scale: the model before its first
 training step, or one whose selection is switched off.
 
-Every channel has a Δ of its own, and a mean over channels hides that they do opposite things. So
-one figure serves all tasks (`draw_gates`): channels over tokens, Δ over that channel's resting
-value. One pair of numbers goes with it: which share of the channels opens where the claim says, and
-which share shuts.
+Every channel has a Δ of its own. Some open where others shut, and a mean over channels would hide
+that. So all tasks share one figure (`draw_gates`) with a line for each channel. It shows Δ divided
+by the channel's resting value, which is its Δ for an input of zeros. Beside it stand two numbers:
+the share of the channels that open where the claim says, and the share that shut.
 
-Up to the line "You may stop here" this file shows how Δ is read and drawn. Below it are the four
-tasks. Half of the file trains small models on the paper's two tasks of memory (section 4.1), needle
+Up to the line "You may stop here" this file shows how Δ is read and drawn. Below it are the tasks.
+Half of the file trains small models on the paper's two tasks of memory (section 4.1), needle
 and copying: Mamba beside a GRU, S4, a vanilla RNN, and Mamba without its selection. The first
 figure of README.md comes from there. --quick takes fewer steps, --seeds 0 1 2 gives the tables of
 results/README.md, --models, --steps and --lr ask for others, and --resume takes the models that are
@@ -54,8 +54,9 @@ from block import MambaLM
 from rnn import RNN, PlainLM, S4Block
 from s6 import S6
 from training import (
-    between, check_folders, choose_device, describe, fill_modules, newest_checkpoint,
-    read_checkpoint, run_script, save_checkpoint, save_figure, seed_for, whole, write_rows)
+    between, check_folders, choose_device, count_parameters, describe, fill_modules,
+    newest_checkpoint, read_checkpoint, run_script, save_checkpoint, save_figure, seed_for, whole,
+    write_rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def opening(scan):
 
 
 def opens_and_shuts(here, elsewhere):
-    """Percent of channels whose Δ is at least a tenth larger here than elsewhere, or smaller.
+    """Percent of channels whose Δ is over 1.1 times as large here as elsewhere, and the reverse.
 
     here, elsewhere (d,): means of `opening` over tokens of both kinds
     """
@@ -125,8 +126,8 @@ def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1
     strip    an image (h, w) that shows the tokens, above each column
     What to see: white is the resting value, red a wider gate, blue a narrower one. In each panel
     the channels are sorted: at the top those that open most at the marked tokens. A gate that
-    answers to these tokens is red there and nowhere else. Untrained panels are white, and those in
-    rows of their own are flat.
+    answers to these tokens is red there and nowhere else. Untrained panels should be white; their
+    rows are drawn less high.
     """
     rows = list(dict.fromkeys(row for row, _ in panels))
     columns = list(dict.fromkeys(column for _, column in panels))
@@ -179,8 +180,8 @@ def gate_panels(models, tokens):
     for name, model in models.items():
         with watch(model) as scans:
             model(tokens)
+        words = LEARNERS[name].words if name in LEARNERS else name
         for layer, scan in enumerate(scans.values(), 1):
-            words = LEARNERS[name].words if name in LEARNERS else name
             panels[f"layer {layer}", words] = opening(scan)[0].cpu()
     return panels
 
@@ -208,7 +209,7 @@ def save_rows(name, rows, **same):
 
 
 # ==================================================================================================
-# You may stop here. From here on: the four tasks, and the command line.
+# You may stop here. The rest: the tasks, and the command line.
 #
 # First the two tasks of memory, and the models that are taught to remember. Two things help to
 # remember: a gate that sees the input, and room.
@@ -217,10 +218,11 @@ def save_rows(name, rows, **same):
 #     dynamics that do not see the input   vanilla RNN         S4
 #     a gate that sees the input           GRU                 Mamba
 #
-# "selective" is Mamba. "fixed-delta" can choose what to write, but not how much; "fixed" can choose
-# nothing, and is otherwise the same block. "selective-n1" and the like have the same gate and less
-# room; "selective-zoh" discretizes as the paper states it; with "fixed-delta-small" Δ starts between
-# 1e-7 and 0.1, and not 0.001 and 0.1. These are trained on demand (--models).
+# "selective" is Mamba. With "fixed-delta", B and C still see the input, but Δ does not: the model
+# chooses what to write, and forgets at the same rate at every token. "fixed" can choose nothing.
+# Both are otherwise the same block. Trained on demand (--models): "selective-n1" and the like have
+# the same gate and less room; "selective-zoh" discretizes as the paper states it; with
+# "fixed-delta-small" Δ starts between 1e-7 and 0.1, and not 0.001 and 0.1.
 # All have the same number of parameters, to 2 %.
 
 SYMBOLS = 16         # the ordinary tokens, 0 … 15
@@ -232,11 +234,10 @@ PER_STEP = 4096      # tokens of a training step
 
 
 class Learner(NamedTuple):
-    """How a model is called and drawn, and its learning rates.
+    """Colour and name of a model in the figures, and its learning rates.
 
-    Each is the best that was tried with seed 3, which is in no table: results/needle_rates.csv and
-    results/copying_rates.csv. (For copying, "fixed" and "fixed-delta" have the rate of "selective",
-    and so have those on demand; that of S4 was chosen with 16 symbols.)
+    A rate is the best that was tried with seed 3, which is in no table: results/needle_rates.csv
+    and copying_rates.csv. (Not tuned: all rates of the models on demand.)
     """
     color: str
     words: str
@@ -338,14 +339,14 @@ def trained_learners(args, task, names, rates, train, device, **settings):
             checkpoint = read_checkpoint(path, {"facts": dict, "model": dict})
             facts = checkpoint["facts"]
             if {key: facts.get(key) for key in settings} != settings:
-                raise ValueError(f"{path} was not trained here with {settings}: leave out "
-                                 f"--resume, or use another --name")
+                raise ValueError(f"{path} was trained with other settings than {settings}: "
+                                 f"leave out --resume, or use another --name")
             fill_modules(path, checkpoint, {"model": model})
         else:
             reached = train(model, name, seed, device, **settings)
             seconds = time.perf_counter() - start
             facts = {
-                "params": sum(p.numel() for p in model.parameters()),
+                "params": count_parameters(model),
                 **settings,
                 "trained_up_to": reached,
                 "training_seconds": f"{seconds:.0f}",
@@ -357,7 +358,7 @@ def trained_learners(args, task, names, rates, train, device, **settings):
 
 
 def learners_for(args, few):
-    """Which models a task trains: those of --models; or with --quick a few; or all but some."""
+    """Which models: those of --models; with --quick a few; else all that are not on demand."""
     if args.models:
         return args.models
     if args.quick:
@@ -371,9 +372,9 @@ def learners_for(args, few):
 # model must answer with that symbol.
 #
 # To find a needle a model must write at two tokens, and keep what it wrote until the end. A gate
-# can do that. A leak that does no harm over 256 tokens acts 4,096 times as long over a million. So
-# what is learned on short haystacks is tested on long ones. (A saturated tanh would not leak
-# either: what the RNN learns of this task it forgets slowly. But it learns little.)
+# can do that. A state that fades a little at each token does no harm over 256 of them, but over a
+# million it fades 4,096 times as long. So what is learned on short haystacks is tested on long
+# ones.
 
 TRAINED_ON = (8, 16, 32, 64, 128, 256)   # lengths
 NEEDLE_STEPS = 600
@@ -540,10 +541,9 @@ def needle_gates(name, models, device):
 # Selective copying (section 4.1.1): symbols among blanks, to be repeated in order.
 #
 # A model that treats all tokens alike can repeat what came a fixed number of tokens ago. Here the
-# distances are random: it must pass over the blanks, or they take up its state. That takes a gate.
+# distances are random: it must pass over the blanks, or they take up its state. A gate can do that.
 # And the more symbols there are, the more room they need: so one model is trained on several
-# numbers of symbols, and tested at each. (The paper has 16 symbols among 4,096 tokens, of 16 kinds
-# with the noise, and 400,000 steps.)
+# numbers of symbols, and tested at each. (The paper: 16 symbols among 4,096 tokens, 400,000 steps.)
 
 NUMBERS = (4, 8, 16, 32, 64)             # of symbols
 COPYING_STEPS = 3000
@@ -552,7 +552,7 @@ COPYING_STEPS_QUICK = 60
 
 def scattered(count, length, number, random):
     """-> tokens (count, length + number), and the symbols (count, number)."""
-    # The first ones of a random order of all places are different places at random.
+    # The first places of a random order of all places: distinct, and random.
     order = torch.rand(count, length, generator=random).argsort(1)
     places = order[:, :number].sort(1).values      # (count, number)
     symbols = torch.randint(SYMBOLS, (count, number), generator=random)
@@ -562,9 +562,9 @@ def scattered(count, length, number, random):
 
 
 def train_copying(model, name, seed, device, steps, length, numbers, lr):
-    """From 30 % to 70 % of the steps the length grows from no blanks on: -> the last length.
+    """The length grows between 30 % and 70 % of the steps: -> the last length.
 
-    Without blanks the task is plain copying, and easy; the distances then grow little by little.
+    It begins without blanks, as plain copying, which is easy; the distances then grow.
     The learning rate rises to lr in 50 steps, and falls to 0 along a cosine.
     """
     optimizer = new_optimizer(model, lr)
@@ -577,12 +577,12 @@ def train_copying(model, name, seed, device, steps, length, numbers, lr):
         if len(numbers) > 1:
             number = numbers[int(torch.randint(len(numbers), (), generator=random))]
         grown = min(1.0, max(0.0, (step / steps - 0.3) / 0.4))
-        now = number + round((length - number) * grown)
-        count = max(4, PER_STEP // (now + number))
-        tokens, symbols = scattered(count, now, number, random)
+        current = number + round((length - number) * grown)
+        count = max(4, PER_STEP // (current + number))
+        tokens, symbols = scattered(count, current, number, random)
         loss = train_step(model, optimizer, tokens.to(device), symbols.to(device))
-        show_step(name, seed, step, steps, now, loss)
-    return now
+        show_step(name, seed, step, steps, current, loss)
+    return current
 
 
 @torch.inference_mode()
@@ -633,25 +633,31 @@ def copying(args, device):
     print(f"copying: {numbers} symbols among {length} tokens, {steps} steps, seeds {args.seeds}; "
           f"loss of a blind guess ln {SYMBOLS} = {math.log(SYMBOLS):.4f}", flush=True)
 
-    shown_number = min(16, max(numbers))
-    seed = args.seeds[0]
-    tokens, _ = scattered(1, length, shown_number, generator(seed, "one sequence"))
-    shown = {"untrained": build_learner("selective", seed).to(device)}
     rows = []
-    gates = []
+    models = {}
+    for seed in args.seeds:              # the control
+        models["untrained", seed] = build_learner("selective", seed).to(device)
     for model_name, seed, model, facts in trained_learners(
             args, name, names, rates, train_copying, device, steps=steps, length=length,
             numbers=numbers):
         rows += score_numbers(model, model_name, seed, device, facts)
+        models[model_name, seed] = model
+    save_rows(name, rows)
+    draw_memory(name, [], rows)
+
+    gates = []
+    shown_number = min(16, max(numbers))
+    for (model_name, seed), model in models.items():
         many, _ = scattered(100, length, shown_number, generator(seed, "gates"))
         gates += gate_rows(model, model_name, seed, many.to(device),
                            here=many < SYMBOLS, elsewhere=many == BLANK)
-        if model_name == "selective":
-            shown.setdefault(model_name, model)            # of the first seed
-    save_rows(name, rows)
-    if gates:                            # GRU, S4 and the RNN have none
-        save_rows(f"{name}_delta", gates)
-    draw_memory(name, [], rows)
+    save_rows(f"{name}_delta", gates)
+    seed = args.seeds[0]
+    tokens, _ = scattered(1, length, shown_number, generator(seed, "one sequence"))
+    shown = {}
+    for model_name in ("untrained", "selective"):
+        if (model_name, seed) in models:
+            shown[model_name] = models[model_name, seed]
     draw_gates(f"{name}_gates", gate_panels(shown, tokens.to(device)), tokens[0] < SYMBOLS,
                labels={length + shown_number // 2: "answer"}, size=(4.4, 1.6),
                title=f"one sequence, seed {args.seeds[0]}; triangles: the symbols to repeat")
@@ -693,8 +699,9 @@ def draw_memory(name, needles, copies):
     """Needles found over the length of the haystack; symbols right over how many are to be copied.
 
     needles, copies    rows of results/needle.csv and results/copying.csv; one may be empty
-    What to see: on the left, the models with a gate that sees the input stay at the top, far beyond
-    the lengths of their training (grey). On the right, the one with more room stays there longer.
+    What to see: on the left, the models with a gate that sees the input stay at the top far beyond
+    the lengths of their training (grey); at a million the GRU falls. On the right, the one with
+    more room stays there longer.
     """
     panels = [rows for rows in (needles, copies) if rows]
     figure = Figure(figsize=(4.3 * len(panels) + 1.4, 4), layout="constrained")
@@ -709,15 +716,15 @@ def draw_memory(name, needles, copies):
         names = ["64", "256", "1k", "4k", "16k", "64k", "256k", "1M"]
         ax.set_xticks(ticks, names)
         ax.set(xlabel="length of the haystack (tokens)", ylabel="needles found (%)",
-               title="A gate keeps one symbol, however long")
+               title="A gate keeps one symbol")
         handles |= legend_of(ax)
     if copies:
         ax = axes.pop(0)
         draw_panel(ax, copies, "symbols")
         numbers = sorted({int(row["symbols"]) for row in copies})
         ax.set_xticks(numbers, [str(number) for number in numbers])
-        ax.set(xlabel="symbols to copy, among 256 tokens", ylabel="symbols right (%)",
-               title="More symbols need room")
+        ax.set(xlabel=f"symbols to copy, among {copies[0]['length']} tokens",
+               ylabel="symbols right (%)", title="More symbols need room")
         handles |= legend_of(ax)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9,
                   frameon=False)
@@ -736,7 +743,7 @@ def memory(args, device):
     for name in ("needle", "copying"):
         with open(f"results/{name}.csv", encoding="utf-8") as file:
             tables.append(list(csv.DictReader(file)))
-    draw_memory("memory", *tables)
+    draw_memory(args.name or "memory", *tables)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -759,12 +766,12 @@ def trained_models(args, patterns):
         checkpoint = read_checkpoint(path)
         recipe = checkpoint["recipe"]
         if len(checkpoint["scores"]) < recipe["epochs"]:
-            raise ValueError(f"{path} does not hold a finished training: go on with it by "
-                             f"--resume, or name others by --checkpoint")
+            raise ValueError(f"{path} does not hold a finished training: use --resume there, or "
+                             f"name others with --checkpoint")
         checkpoints.append(checkpoint)
         if recipe | {"seed": 0} != checkpoints[0]["recipe"] | {"seed": 0}:
-            raise ValueError(f"{path} and {paths[0]} differ in more than the seed: name others by "
-                             f"--checkpoint")
+            raise ValueError(f"{path} and {paths[0]} differ in more than the seed: name others "
+                             f"with --checkpoint")
     return checkpoints
 
 
@@ -777,7 +784,7 @@ def make_pair(checkpoint, make):
     torch.manual_seed(seed_for(checkpoint["recipe"]["seed"], "weights"))
     untrained = make().eval()
     if not any(isinstance(module, S6) for module in untrained.modules()):
-        raise ValueError("these models have no Δ to look at: name others by --checkpoint")
+        raise ValueError("these models have no Δ to look at: name others with --checkpoint")
     trained = copy.deepcopy(untrained)
     fill_modules("the checkpoint", checkpoint, {"average": trained})
     return {"trained": trained, "untrained": untrained}
@@ -866,7 +873,7 @@ def load_digits(args, device):
     reads_patches = recipe.get("task") == "classify" and 1 < recipe["patch"] < 14
     if not reads_patches or recipe["dataset"] not in ("mnist", "fashion"):
         raise ValueError("only classifiers that read MNIST or FashionMNIST by patches can be "
-                         "looked at: name others by --checkpoint")
+                         "looked at: name others with --checkpoint")
     name = checkpoints[0]["data"]["name"]
     source = "synthetic" if name.startswith("synthetic") else "real"
     data = train_mnist.load_data(recipe["dataset"], source, args.data_dir, 0)
@@ -933,8 +940,8 @@ def digits(args, device):
 # --------------------------------------------------------------------------------------------------
 # Text: at which characters does the gate open?
 #
-# One might guess: at the ends of words, at line breaks, at names. The passage lets one look, and
-# the means over the whole validation text, by kind of character, say whether it was chance.
+# One might guess: at the ends of words, at line breaks, at names. The figure shows a passage; the
+# means by kind of character show whether it holds for the whole validation text.
 
 SIGNS = {" ": "space", "\n": "line break", ":": "colon"}
 CHARACTERS = ["letter in a word", "first letter", "speaker's name", *SIGNS.values(), "other"]
@@ -997,12 +1004,12 @@ def load_shakespeare(args):
     name = data["name"]
     if not name.startswith(("shakespeare", "synthetic-pydoc")):
         raise ValueError("only models of Shakespeare or of Python's help texts can be looked at: "
-                         "name others by --checkpoint")
+                         "name others with --checkpoint")
     source = "synthetic" if "pydoc" in name else "real"
     text = train_shakespeare.load_text(args.data_dir, source, None)
     if data["vocabulary"] != text.vocabulary:
         raise ValueError(f"these models were trained on another version of {text.name}: train "
-                         f"again, or name others by --checkpoint")
+                         f"again, or name others with --checkpoint")
     return checkpoints, text._replace(name=name)
 
 
