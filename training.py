@@ -178,8 +178,7 @@ def fill_modules(path, checkpoint, modules):
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
     except Exception as error:           # too few weights, too many, of other shapes, not tensors
-        raise ValueError(f"{path} is of another model, or of another version of the code"
-                         ) from error
+        raise ValueError(f"{path} is of another model, or another version of the code") from error
 
 
 def resume_from(path, record, modules):
