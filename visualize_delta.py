@@ -220,9 +220,10 @@ def save_rows(name, rows, **same):
 #
 # "selective" is Mamba. With "fixed-delta", B and C still see the input, but Δ does not: the model
 # chooses what to write, and forgets at the same rate at every token. "fixed" can choose nothing.
-# Both are otherwise the same block. Trained on demand (--models): "selective-n1" and the like have
-# the same gate and less room; "selective-zoh" discretizes as the paper states it; with
-# "fixed-delta-small" Δ starts between 1e-7 and 0.1, and not 0.001 and 0.1.
+# Both are otherwise the same block. "selective-n1" has the same gate as Mamba, and less room: one
+# number a channel. Trained on demand (--models): "selective-n2" and "selective-n4";
+# "selective-zoh", which discretizes as the paper states it; "fixed-delta-small", whose Δ starts
+# between 1e-7 and 0.1, and not 0.001 and 0.1.
 # All have the same number of parameters, to 2 %.
 
 SYMBOLS = 16         # the ordinary tokens, 0 … 15
@@ -237,7 +238,7 @@ class Learner(NamedTuple):
     """Colour and name of a model in the figures, and its learning rates.
 
     A rate is the best that was tried with seed 3, which is in no table: results/needle_rates.csv
-    and copying_rates.csv. (Not tuned: all rates of the models on demand.)
+    and copying_rates.csv. Not tuned: those of "selective-n1" and of the models on demand.
     """
     color: str
     words: str
@@ -248,6 +249,7 @@ class Learner(NamedTuple):
 
 LEARNERS = {
     "selective": Learner("#0072b2", "Mamba", 3e-2, 1e-2),
+    "selective-n1": Learner("#56b4e9", "Mamba, n = 1", 3e-2, 1e-2),
     "gru": Learner("#e69f00", "GRU", 3e-2, 1e-2),
     "fixed-delta": Learner("#cc79a7", "Mamba, Δ fixed", 3e-3, 1e-2),
     "fixed": Learner("#9467bd", "Mamba, Δ, B, C fixed", 1e-2, 1e-2),
@@ -255,7 +257,6 @@ LEARNERS = {
     "rnn": Learner("#7f7f7f", "vanilla RNN", 1e-3, 3e-3),
     "selective-n4": Learner("#6baed6", "Mamba, n = 4", 3e-2, 1e-2, on_demand=True),
     "selective-n2": Learner("#9ecae1", "Mamba, n = 2", 3e-2, 1e-2, on_demand=True),
-    "selective-n1": Learner("#c6dbef", "Mamba, n = 1", 3e-2, 1e-2, on_demand=True),
     "fixed-delta-small": Learner("#f7b6d2", "Mamba, Δ fixed, from 1e-7", 3e-3, 1e-2,
                                  on_demand=True),
     "selective-zoh": Learner("#17becf", "Mamba, zero-order hold", 1e-2, 1e-2, on_demand=True),
@@ -711,7 +712,8 @@ def draw_memory(name, needles, copies):
         ax = axes.pop(0)
         draw_panel(ax, needles, "length")
         ax.axvspan(2 ** SHORTEST, TRAINED_ON[-1], color="0.9", zorder=0)
-        ax.text(2 ** SHORTEST * 1.1, 72, "lengths of\nthe training", color="0.4", fontsize=9)
+        ax.text(2 ** SHORTEST * 2.2, 78, "lengths of training", color="0.4", fontsize=9,
+                rotation=90, ha="center", va="center")
         ticks = [2 ** power for power in range(SHORTEST, LONGEST + 1, 2)]
         names = ["64", "256", "1k", "4k", "16k", "64k", "256k", "1M"]
         ax.set_xticks(ticks, names)
