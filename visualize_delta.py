@@ -215,7 +215,7 @@ def save_rows(name, rows, **same):
 # remember: a gate that sees the input, and room.
 #
 #                                          small state         large state
-#     dynamics that do not see the input   vanilla RNN         S4
+#     no gate that sees the input          vanilla RNN         S4
 #     a gate that sees the input           GRU                 Mamba
 #
 # "selective" is Mamba. With "fixed-delta", B and C still see the input, but Δ does not: the model
@@ -250,7 +250,7 @@ class Learner(NamedTuple):
 LEARNERS = {
     "selective": Learner("#0072b2", "Mamba", 3e-2, 1e-2),
     "selective-n1": Learner("#56b4e9", "Mamba, n = 1", 3e-2, 1e-2),
-    "gru": Learner("#e69f00", "GRU", 3e-2, 1e-2),
+    "gru": Learner("#e69f00", "GRU", 6e-2, 1e-2),
     "fixed-delta": Learner("#cc79a7", "Mamba, Δ fixed", 3e-3, 1e-2),
     "fixed": Learner("#9467bd", "Mamba, Δ, B, C fixed", 1e-2, 1e-2),
     "s4": Learner("#009e73", "S4", 1e-2, 3e-2),
