@@ -170,6 +170,7 @@ class Mamba(nn.Module):
 
     def forward(self, x, state=None, mask=None):
         """State, mask and errors as for ConvS6; y is 0 at padding whose x is finite."""
+        check_sequence(self, x, self.in_proj.in_features)
         a, z = self.in_proj(x).chunk(2, dim=-1)                                # (b, l, d) each
         y, state = self.path(a, state, mask)
         return self.out_proj(y * F.silu(z)), state                             # (b, l, d_model)
@@ -185,6 +186,7 @@ class MambaBlock(nn.Module):
 
     def forward(self, x, state=None, mask=None):
         """x (b, l, d_model) -> the same shape, and the State after x. Errors as for ConvS6."""
+        check_sequence(self, x, len(self.norm.weight))
         if mask is not None:             # a NaN in the padding would reach the gradients
             x = x.masked_fill(find_padding(mask, x), 0)
         y, state = self.mixer(self.norm(x), state, mask)

@@ -216,8 +216,9 @@ class S6(nn.Module):
         mask    (b, l) of bool or int, or None: 1 for a real token. Where it is 0 the token is
                 padding, and leaves the state as it was. (PyTorch's key_padding_mask is the other
                 way round.)
-        Raises ValueError for another mask, and as `selective_scan` does.
+        Raises ValueError for another width, another mask, and as `selective_scan` does.
         """
+        check_sequence(self, x, len(self.D))
         if mask is not None:
             padding = find_padding(mask, x)
             x = x.masked_fill(padding, 0)          # padding may hold anything, even NaN

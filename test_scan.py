@@ -755,8 +755,9 @@ def test_what_would_be_computed_wrongly_in_silence_is_refused():
     refuses(lambda: model(tokens, states[:2]), "shorter")
     refuses(lambda: model(tokens[:1], states), "window", "(1, 3, 32)", "(2, 3, 32)")
     refuses(lambda: layer(x, one_h), "h0", "(2, 32, 4)", "(1, 32, 4)")
-    refuses(lambda: layer(x[0]), "(b, l, 32)", "(9, 32)")
-    refuses(lambda: layer.mixer.path(x), "ConvS6", "(b, l, 32)", "(2, 9, 16)")
+    refuses(lambda: layer(x[0]), "MambaBlock", "(b, l, 16)", "(9, 16)")
+    for part in (layer, layer.mixer, layer.mixer.path, layer.mixer.path.s6):
+        refuses(lambda: part(x[..., :7]), type(part).__name__, "(2, 9, 7)")
     for how in (-1.0, math.nan, math.inf):
         text = generate(model, prompt, 1, temperature=how)
         refuses(lambda: next(text), "temperature", how)
