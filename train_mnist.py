@@ -504,7 +504,7 @@ def load_data(dataset, source, data_dir, size):
         # Damaged files are an accident that should be noticed: nothing stands in for them.
         there = Path(data_dir, "MNIST", "raw", "train-images-idx3-ubyte").exists()
         if dataset != "mnist" or source == "real" or there:
-            raise ValueError(f"{problem}. Connect to the network (Delete damaged files first), or "
+            raise ValueError(f"{problem}. Connect to the network (delete damaged files first), or "
                              f"use --dataset FOLDER, or for mnist --data synthetic") from error
     warn(f"{problem}.\nTraining on SYNTHETIC digits: results say nothing about MNIST.")
     return synthetic_digits()

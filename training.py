@@ -373,8 +373,8 @@ def between(kind, low, high=math.inf):
     """A type for argparse: a number of that kind, from low to high."""
     def number(text):
         value = kind(text)
-        if not low <= value <= high:     # also if it is nan
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
+        if not low <= value <= high or value == math.inf:      # also if it is nan
+            raise argparse.ArgumentTypeError(f"must be finite, from {low} to {high}, got {text}")
         return value
 
     return number
