@@ -3,9 +3,9 @@
     python bench.py scan     one scan over its length, in three ways: a minute or two
     python bench.py peers    a training step and generation, beside other libraries: some minutes
 
-Each prints a table, and writes its rows to results/. The fastest of several calls counts: the
-others were disturbed by other programs. For peers, `python -m pip install transformers mambapy`, or
-one of them: what is not installed is left out.
+Each runs on one thread, prints a table, and writes its rows to results/. The fastest of several
+calls counts: the others were disturbed by other programs. For peers, `python -m pip install
+transformers mambapy`, or one of them: what is not installed is left out.
 """
 import contextlib
 import copy
@@ -228,7 +228,6 @@ SIZES = {  # vocabulary, d_model, layers; sequences and length of a batch
 def peers(sizes=SIZES, count=50):
     """Forward, backward and AdamW on one thread; memory kept for the backward pass without the
     weights; tokens written per second; and whether loss, gradients and text are ours."""
-    torch.set_num_threads(1)
     rows = []
     for size, (vocabulary, d_model, layers, b, l) in sizes.items():
         torch.manual_seed(0)
@@ -286,6 +285,7 @@ def main():
         print(__doc__)
         return
     check_folders("results")
+    torch.set_num_threads(1)
     tasks[sys.argv[1]]()
 
 
