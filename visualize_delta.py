@@ -238,7 +238,8 @@ class Learner(NamedTuple):
     """Colour and name of a model in the figures, and its learning rates.
 
     A rate is the best that was tried with seed 3, which is in no table: results/needle_rates.csv
-    and copying_rates.csv. Not tuned: those of "selective-n1" and of the models on demand.
+    and copying_rates.csv. Not tuned: those of "selective-n1" and of the models on demand; and for
+    copying those of "fixed" and "fixed-delta".
     """
     color: str
     words: str
@@ -675,7 +676,10 @@ def draw_panel(ax, rows, column):
     models = list(dict.fromkeys(row["model"] for row in rows))
     for model in models:
         color = LEARNERS[model].color
-        order = 10 - models.index(model)     # the first model on top
+        # The first model on top, and the next two below it wider: lines that coincide can be seen.
+        index = models.index(model)
+        order = 10 - index
+        width = (2, 3.5, 5)[index] if index < 3 else 2
         by_seed = {}                     # seed: {length, or number: percent}
         for row in rows:
             if row["model"] == model:
@@ -688,8 +692,8 @@ def draw_panel(ax, rows, column):
             values = [points[place] for points in by_seed.values() if place in points]
             if len(values) == len(by_seed):
                 means[place] = sum(values) / len(values)
-        ax.plot(*zip(*means.items()), "o-", color=color, markersize=4, linewidth=2, zorder=order,
-                label=LEARNERS[model].words)
+        ax.plot(*zip(*means.items()), "o-", color=color, markersize=width + 1, linewidth=width,
+                zorder=order, label=LEARNERS[model].words)
     ax.axhline(100 / SYMBOLS, color="black", linestyle=":", linewidth=1, label="guessing")
     ax.set_xscale("log", base=2)
     ax.set_ylim(-3, 103)
@@ -701,8 +705,7 @@ def draw_memory(name, needles, copies):
 
     needles, copies    rows of results/needle.csv and results/copying.csv; one may be empty
     What to see: on the left, the models with a gate that sees the input stay at the top far beyond
-    the lengths of their training (grey); at a million the GRU falls. On the right, the one with
-    more room stays there longer.
+    the lengths of their training (grey). On the right, the one with more room stays there longer.
     """
     panels = [rows for rows in (needles, copies) if rows]
     figure = Figure(figsize=(4.3 * len(panels) + 1.4, 4), layout="constrained")
