@@ -47,6 +47,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 import train_mnist
 import train_shakespeare
@@ -717,9 +718,8 @@ def draw_memory(name, needles, copies):
         ax.axvspan(2 ** SHORTEST, TRAINED_ON[-1], color="0.9", zorder=0)
         ax.text(2 ** SHORTEST * 2.2, 78, "lengths of training", color="0.4", fontsize=9,
                 rotation=90, ha="center", va="center")
-        ticks = [2 ** power for power in range(SHORTEST, LONGEST + 1, 2)]
-        names = ["64", "256", "1k", "4k", "16k", "64k", "256k", "1M"]
-        ax.set_xticks(ticks, names)
+        ax.set_xticks([2 ** power for power in range(SHORTEST, LONGEST + 1, 2)])
+        ax.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))           # 1M for 1,048,576
         ax.set(xlabel="length of the haystack (tokens)", ylabel="needles found (%)",
                title="A gate keeps one symbol")
         handles |= legend_of(ax)
