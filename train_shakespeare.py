@@ -4,7 +4,7 @@
     python train_shakespeare.py --quick                a first look in under a minute
     python train_shakespeare.py --generate "ROMEO:"    write from the checkpoint
     python train_shakespeare.py --text FILE            any UTF-8 text in place of Shakespeare
-    python train_shakespeare.py --model gru            a GRU with the same number of parameters
+    python train_shakespeare.py --model gru --lr 2e-2  a GRU of the same size, at its best rate
     python train_shakespeare.py --seeds 0 1 2          one model per seed: table and figure
     python train_shakespeare.py --resume               go on after Ctrl-C; on a CPU: same weights
     torchrun --nproc_per_node=2 train_shakespeare.py   each of two processes takes half the batch

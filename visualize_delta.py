@@ -19,9 +19,9 @@ by the channel's resting value, which is its Δ for an input of zeros. Beside it
 the share of the channels that open where the claim says, and the share that shut.
 
 Up to the line "You may stop here" this file shows how Δ is read and drawn. Below it are the tasks.
-Half of the file trains small models on the paper's two tasks of memory (section 4.1), needle
-and copying: Mamba beside a GRU, S4, a vanilla RNN, and Mamba without its selection. The first
-figure of README.md comes from there. --quick takes fewer steps, --seeds 0 1 2 gives the tables of
+Half of the file trains small models on the paper's two tasks of memory (section 4.1), needle and
+copying: Mamba beside a GRU, S4, a vanilla RNN, and Mamba without its selection, or with less room.
+The first figure of README.md comes from there. --quick takes fewer steps, --seeds 0 1 2 gives the tables of
 results/README.md, --models, --steps and --lr ask for others, and --resume takes the models that are
 trained already. The task digits looks at the classifiers of train_mnist.py, and text at the models
 of train_shakespeare.py.
@@ -224,8 +224,7 @@ def save_rows(name, rows, **same):
 # Both are otherwise the same block. "selective-n1" has the same gate as Mamba, and less room: one
 # number a channel. Trained on demand (--models): "selective-n2" and "selective-n4";
 # "selective-zoh", which discretizes as the paper states it; "fixed-delta-small", whose Δ starts
-# between 1e-7 and 0.1, and not 0.001 and 0.1.
-# All have the same number of parameters, to 2 %.
+# between 1e-7 and 0.1, and not 0.001 and 0.1. All have the same number of parameters, to 2 %.
 
 SYMBOLS = 16         # the ordinary tokens, 0 … 15
 MARKER = 16          # of the needle
