@@ -21,10 +21,10 @@ the share of the channels that open where the claim says, and the share that shu
 Up to the line "You may stop here" this file shows how Δ is read and drawn. Below it are the tasks.
 Half of the file trains small models on the paper's two tasks of memory (section 4.1), needle and
 copying: Mamba beside a GRU, S4, a vanilla RNN, and Mamba without its selection, or with less room.
-The first figure of README.md comes from there. --quick takes fewer steps, --seeds 0 1 2 gives the tables of
-results/README.md, --models, --steps and --lr ask for others, and --resume takes the models that are
-trained already. The task digits looks at the classifiers of train_mnist.py, and text at the models
-of train_shakespeare.py.
+The first figure of README.md comes from there. --quick takes fewer steps, --seeds 0 1 2 gives the
+tables of results/README.md, --models, --steps and --lr ask for others, and --resume takes the
+models that are trained already. The task digits looks at the classifiers of train_mnist.py, and
+text at the models of train_shakespeare.py.
 
 Read before: train_mnist.py and train_shakespeare.py, whose models are looked at here.
 """
