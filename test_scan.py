@@ -1,10 +1,10 @@
 """test_scan.py: why you may believe the rest.
 
-    python test_scan.py                all tests, in about a minute on one core
+    python test_scan.py                all tests, in a minute or two on one core
     python test_scan.py padding zoh    those whose name has one of these words
     pytest test_scan.py                the same, for those who have pytest
 
-Each test is a sentence that is true: an equation, and a few lines that check it. Its
+The name of each test is a sentence, and its lines check whether the sentence is true. The
 docstring says which bugs would make it false, and `close` prints the error that was found
 beside the one that is allowed.
 
@@ -72,7 +72,7 @@ def close(what, ours, exact, allowed=0.0):
 
 
 def refuses(call, *words, kind=ValueError):
-    """call() ends in that kind of error, whose text has these words; a ValueError, one line."""
+    """call() raises that kind of error, and its text has these words. A ValueError has one line."""
     try:
         call()
     except kind as problem:
@@ -104,8 +104,8 @@ def inputs(l=7, dtype=torch.float64, b=2, d=3, n=4):
     return [t.to(dtype).requires_grad_() for t in tensors]
 
 
-EXACT = {}     # discretization: the definition, a function of these seven -> y, last state
-SCANS = {}     # name: the same by selective_scan
+EXACT = {}     # EXACT["zoh"](x, Δ, A, B, C, D, h0) -> y, last state, by the definition
+SCANS = {}     # SCANS["parallel, zoh"](…): the same by selective_scan
 for rule in s6.DISCRETIZATIONS:
     EXACT[rule] = functools.partial(definition, discretization=rule)
     for method in ("sequential", "parallel"):
@@ -130,8 +130,8 @@ def everything(scan, tensors):
 
 
 @functools.lru_cache
-def exactly(l, rule):
-    """The same by the definition, which autograd differentiates."""
+def by_definition(l, rule):
+    """What `everything` gives for the definition, at length l; its gradients are autograd's."""
     return everything(EXACT[rule], inputs(l))
 
 
@@ -139,22 +139,21 @@ def exactly(l, rule):
 # s6.py: the scan computes its equation.
 #
 # The chain of trust: two steps that a person can check with a pencil; then `definition`,
-# which is the equation word for word; then the loops, and their gradients derived by hand,
-# at every length where a chunk or a piece could end badly. In float64 what is right agrees
-# to 1e-13, and a wrong term shows at 1e-2: nothing lies between. In float32 the same is
-# allowed some roundings.
+# which is the equation word for word; then the loops, with their gradients derived by hand,
+# at lengths that end with a chunk or just after one. In float64 they must agree to 1e-13, far
+# below what a wrong term would change. In float32 some rounding is allowed.
 
-def test_two_steps_by_hand():
+def test_two_steps_come_out_as_by_hand():
     """Catches: reading the state before it is updated, a decay applied to the new input."""
     def column(*values):
         return torch.tensor(values, dtype=torch.float64).view(1, -1, 1)
 
-    x = column(2, 3)
-    delta = column(0.5, 1)
-    A = column(-math.log(2))[0]
-    B = column(1, -1)
-    C = column(10, 100)
-    D = column(7)[0, 0]
+    x = column(2, 3)                         # (1, 2, 1): a sequence, two tokens, one channel
+    delta = column(0.5, 1)                   # (1, 2, 1)
+    A = column(-math.log(2))[0]              # (1, 1): at Δ = 1 half of the state stays
+    B = column(1, -1)                        # (1, 2, 1)
+    C = column(10, 100)                      # (1, 2, 1)
+    D = column(7)[0, 0]                      # (1,)
     # h_1 = 0 + 0.5·1·2 = 1                             y_1 = 10·1 + 7·2 = 24
     # h_2 = exp(-ln 2)·1 + 1·(-1)·3 = 0.5 - 3 = -2.5    y_2 = 100·(-2.5) + 7·3 = -229
     by_hand = column(24, -229), column(-2.5)
@@ -167,7 +166,7 @@ def test_every_scan_has_the_outputs_and_gradients_of_the_definition():
     """Catches: a chunk one token short, a lost term of the gradient."""
     lengths = 1, 2, 3, 5, 7, 64, 100, 257
     for name, scan in SCANS.items():
-        exact = [exactly(l, scan.keywords["discretization"]) for l in lengths]
+        exact = [by_definition(l, scan.keywords["discretization"]) for l in lengths]
         for dtype, allowed in ((torch.float64, 1e-13), (torch.float32, 3e-6)):
             ours = [everything(scan, inputs(l, dtype)) for l in lengths]
             close(f"{name}, {dtype}: 1 … 257 tokens", ours, exact, allowed)
@@ -175,13 +174,13 @@ def test_every_scan_has_the_outputs_and_gradients_of_the_definition():
 
 def test_in_any_number_of_pieces_it_is_the_same_scan():
     """Catches: an empty piece, a last piece that is short; long pieces on a GPU."""
-    # How many are best depends on the machine; what they compute must not. 37 tokens in 5
-    # pieces are 5 times 8, the last three of them padding; in 18, five pieces are empty.
+    # The best number of pieces depends on the machine; the result must not. 37 tokens in 5
+    # pieces are 5 times 8, the last three of them padding; of 18 pieces of 3, five are empty.
     for rule, l in itertools.product(s6.DISCRETIZATIONS, (2, 17, 37)):
         for k in {min(k, l) for k in (1, 2, 3, 5, 18, 37)}:
             with patch.object(s6, "_pieces", lambda *_: k):
                 ours = everything(SCANS[f"parallel, {rule}"], inputs(l))
-            close(f"{rule}: {l} tokens in {k} pieces", ours, exactly(l, rule), 1e-13)
+            close(f"{rule}: {l} tokens in {k} pieces", ours, by_definition(l, rule), 1e-13)
     # On a GPU each token of a piece costs 27 launches. So pieces are about log₂ l long.
     for l in (49, 784, 2048, 65536):
         k = s6._pieces(torch.empty(1, l, 8, device="meta"), 16, "auto")
@@ -190,9 +189,8 @@ def test_in_any_number_of_pieces_it_is_the_same_scan():
 
 
 def test_gradcheck_knows_no_equation_and_agrees():
-    """Catches: a wrong equation, and a gradient that fits it."""
-    # The definition could have the same mistake as the loops, and autograd would
-    # differentiate it faithfully. gradcheck moves each number a little, and looks at y and h.
+    """Catches: a gradient that does not belong to what the loops compute."""
+    # Without the definition: gradcheck moves each number a little, and looks at y and h.
     for name, scan in SCANS.items():
         assert torch.autograd.gradcheck(scan, inputs(5, d=2, n=2))
         print(f"    {name}: all seven arguments")
@@ -200,8 +198,8 @@ def test_gradcheck_knows_no_equation_and_agrees():
 
 def test_the_gradient_of_the_gradient_is_right_or_refused():
     """Catches: a second derivative that is silently wrong."""
-    # Autograd does not see the loops that make the gradient: it would take them for
-    # constants. One token is the recurrence once, without a loop.
+    # Autograd does not see the loops that compute the gradient. It would take the gradient for
+    # a constant. One token is the recurrence once, without a loop.
     tensors = inputs()
     loss = selective_scan(*tensors).sum()
     refuses(lambda: torch.autograd.grad(loss, tensors, create_graph=True),
@@ -213,8 +211,8 @@ def test_the_gradient_of_the_gradient_is_right_or_refused():
 # --------------------------------------------------------------------------------------------------
 # What follows from the equation, whoever computes it.
 #
-# It can be cut and continued. It is a convolution if it does not look at x, and a gated RNN
-# if its state is one number. Δ = 0 and Δ = ∞ mean to keep and to forget.
+# The scan can be cut and continued. Without selection it is a convolution. With n = 1, A = -1,
+# B = C = 1 and zero-order hold it is a gated RNN. Δ = 0 keeps the state, a large Δ forgets it.
 
 def test_a_sequence_cut_anywhere_and_continued_is_the_whole():
     """Catches: a last state taken from padding, h0 ignored by a method."""
@@ -229,10 +227,10 @@ def test_a_sequence_cut_anywhere_and_continued_is_the_whole():
         close(f"{name}: all 38 cuts of 37 tokens", parts, 38 * [whole], 1e-14)
 
 
-def test_selection_makes_the_weight_of_an_input_depend_on_when_it_is_read():
+def test_without_selection_the_scan_is_a_convolution_and_with_it_it_is_not():
     """Catches: a scan that is a convolution after all.
 
-    y_t = Σ_s M_ts x_s with M_ts = C_t exp(A (Δ_{s+1} + … + Δ_t)) B̄_s. If Δ, B and C are
+    y_t = Σ_{s ≤ t} M_ts x_s with M_ts = C_t exp(A (Δ_{s+1} + … + Δ_t)) B̄_s. If Δ, B and C are
     constant, M depends on t - s alone: its diagonals are constant, and y is a convolution.
     """
     x, delta, A, B, C, _, _ = inputs(12)
@@ -243,7 +241,7 @@ def test_selection_makes_the_weight_of_an_input_depend_on_when_it_is_read():
         between = total.unsqueeze(2) - total.unsqueeze(1)      # (b, t, s, d)
         decay = torch.exp(between.unsqueeze(-1) * A)           # (b, t, s, d, n)
         B_bar = delta.unsqueeze(-1) * B.unsqueeze(2)           # (b, s, d, n)
-        # For s > t that is no decay: tril drops the upper triangle.
+        # Only s ≤ t is in the sum: tril drops the rest.
         M = torch.einsum("btn,btsdn,bsdn->bdts", C, decay, B_bar).tril()
         y = torch.einsum("bdts,bsd->btd", M, x)
         close(f"selection {selects}: y = M x", selective_scan(x, delta, A, B, C), y, 1e-13)
@@ -259,7 +257,7 @@ def test_theorem_1_with_one_number_per_state_S6_is_a_gated_RNN():
     That is zero-order hold. Under Euler x_t weighs softplus(p), without bound.
     """
     x, p, *_ = inputs()
-    p = 9 * p - 4                            # from -4 to 20
+    p = 9 * p - 4                            # gates from nearly shut to nearly open
     delta = F.softplus(p)
     gate = torch.sigmoid(p)
     A = -torch.ones(3, 1).double()
@@ -297,7 +295,7 @@ def test_delta_zero_keeps_and_delta_infinite_forgets():
 
 
 def test_zoh_is_exact_while_x_is_held_and_euler_tends_to_it():
-    """Catches: a wrong B̄; exp(ΔA) - 1 in place of expm1, which rounds a small ΔA to 0.
+    """Catches: a wrong B̄; exp(ΔA) - 1 in place of expm1: for a small ΔA it rounds badly.
 
     Two half steps are a whole one. Euler's relative error is about |ΔA|/2.
     """
@@ -326,10 +324,10 @@ def test_zoh_is_exact_while_x_is_held_and_euler_tends_to_it():
 
 
 def test_a_million_tokens_end_where_the_closed_form_says():
-    """Catches: rounding that adds up, an error that grows with length.
+    """Catches: in the parallel scan, rounding that grows with the length.
 
     With x = B = C = 1 all steps of ZOH make a single one: h_t = (exp(A ΣΔ) - 1)/A. "auto" is
-    the parallel scan here. (The sequential one rounds each exp(-1e-6): they add up.)
+    the parallel scan here.
     """
     torch.manual_seed(0)
     l = 2 ** 20
@@ -373,6 +371,7 @@ def test_a_fresh_layer_rests_where_the_authors_code_says():
     rests = F.softplus(layer.dt_proj.bias).log10()
     evenly = torch.linspace(-3, -1, 4096)
     close("log₁₀ Δ at rest, sorted: from -3 to -1", rests.sort().values, evenly, 0.02)
+    # A bias of ln Δ, without the inverse of softplus, would give 0.0953 here, and not 0.1.
     close("the largest", rests.max(), -1, 2e-3)
     close("A = -1 … -16", -layer.A_log[0].exp(), -torch.arange(1.0, 17), 1e-6)
     close("D = 1", layer.D, torch.ones(4096))
@@ -477,7 +476,7 @@ ROUNDING = {  # what may differ if the coarsest argument has this dtype
 
 
 def odd_call(draw):
-    """Seven arguments such as nobody thinks of: sizes, dtypes, transposed in memory, None."""
+    """Seven random arguments: odd sizes, mixed dtypes, transposed memory, None."""
     common = draw.choice(list(ROUNDING))
     sizes = [draw.choice(some) for some in ((1, 2, 17, 130), (0, 1, 3), (1, 5), (1, 16))]
     l, b, d, n = sizes
@@ -541,7 +540,7 @@ def test_a_wrong_call_is_told_what_is_wrong():
 # block.py: the block, and the language model.
 #
 # The hard part of a block with a state is to stop and go on, with padding anywhere. So the
-# test is the same for all: the whole in one call, then in parts, and the two must agree.
+# whole is read in one call, and then in parts, and the two must agree.
 
 from block import (ConvS6, MambaBlock, MambaLM, generate, load_official,
                    official_state_dict, parameter_groups, sample)
@@ -567,7 +566,7 @@ def in_parts(read, tokens, sizes):
 
 
 def shaken(model):
-    """Move all parameters: a norm of ones or a bias of zeros would hide its absence."""
+    """The model in float64, all parameters moved: a norm of ones would hide its absence."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -594,8 +593,8 @@ def test_the_block_is_its_figure():
     padded = F.pad(a, (0, 0, 3, 0))                        # (b, 3+l, d)
     kernel = path.conv1d.weight[:, 0]                      # (d, 4)
     conv = sum(padded[:, i:i + 11] * kernel[:, i] for i in range(4))
-    read, _ = path.s6(F.silu(conv + path.conv1d.bias))
-    y = x + (read * F.silu(z)) @ mixer.out_proj.weight.t()
+    remembered, _ = path.s6(F.silu(conv + path.conv1d.bias))
+    y = x + (remembered * F.silu(z)) @ mixer.out_proj.weight.t()
     ours, _ = layer(x)
     close("x + out_proj(S6(SiLU(conv(a))) · SiLU(z))", ours, y, 1e-14)
     weights = list(layer.parameters())
@@ -789,12 +788,13 @@ def test_the_future_changes_the_past_when_bidirectional_and_only_then():
         moved = model.body(model.stem(image)) - model.body(model.stem(darker))
         change = moved.abs().amax(-1).view(7, 7).amax(1)   # per row of tokens
         print(f"    {direction}: rows change by {' '.join(f'{c:.0e}' for c in change)}")
+        # A token of the stem sees 12×12 pixels: rows 5 and 6 the darker part, rows 0 to 3 none.
         assert change[5:].min() > 0
         assert (change[:4].max() > 0) == (direction == "bidirectional")
 
 
 def test_the_vision_block_is_one_path_or_two_and_their_fusion():
-    """Catches: branches exchanged, half of the sum forgotten, a branch that is gated twice."""
+    """Catches: branches exchanged, a sum in place of the average, a branch that is gated twice."""
     torch.manual_seed(0)
     x = torch.randn(2, 9, 16).double()
     for direction, fuse in itertools.product(vision.DIRECTIONS, vision.FUSIONS):
@@ -831,7 +831,7 @@ def test_a_token_sees_the_same_margin_on_all_sides_of_its_patch():
         assert torch.equal(seen.sum(1) > 0, expected)
 
 
-def test_any_image_that_the_patch_divides():
+def test_any_image_that_the_patch_divides_can_be_classified():
     """Catches: 28×28 or one channel in the model, a wrong pool, a lost position."""
     for channels, size, pool, stem, position in (
             (1, (28, 28), "mean", "conv", "patches"),
@@ -886,8 +886,8 @@ def test_a_pixel_is_guessed_from_those_before_it_and_drawn_one_by_one():
 
 
 # --------------------------------------------------------------------------------------------------
-# rnn.py: what came before. A comparison is worth as much as its baselines, so each of them
-# is held to its own equation, and S4 to S6.
+# rnn.py: what came before. A comparison is only as good as its baselines. So each is compared
+# with its own equation, and S4 with S6.
 
 import rnn
 from rnn import RNN, PlainLM, S4, S4Block, Stack, diagonal_hippo, hippo, memorize, recall
@@ -980,7 +980,8 @@ def test_S4_starts_from_the_normal_part_of_hippo():
     A, B = map(torch.tensor, hippo(n))
     modes, b = map(torch.tensor, diagonal_hippo(n))
     P = (torch.arange(n).double() + 0.5).sqrt()
-    for t in (0.1, 1.0, 3.0):                # Bᵀ exp(t (A + P Pᵀ)) B, in both bases; b is V* B/2
+    # Bᵀ exp(tN) B with N = A + P Pᵀ, by the matrix and by its eigenvalues. b is V* B/2, hence 4.
+    for t in (0.1, 1.0, 3.0):
         whole = B @ torch.matrix_exp(t * (A + torch.outer(P, P))) @ B
         pairs = 2 * (4 * b.abs() ** 2 * torch.exp(t * modes)).sum().real
         close(f"Bᵀ exp({t} N) B", pairs, whole, 1e-12)
@@ -1012,7 +1013,7 @@ def test_the_state_of_hippo_reconstructs_the_past():
 # --------------------------------------------------------------------------------------------------
 # All models: their first weights, in parts, compiled, exported, on another device.
 
-def test_a_language_model_begins_with_a_blind_guess_and_four_blocks_with_the_size_of_one():
+def test_a_language_model_begins_with_a_blind_guess_and_out_proj_divided_by_root_layers():
     """Catches: a tied embedding too large for a head; out_proj not divided by √layers."""
     def size(blocks):
         weights = blocks.named_parameters()
@@ -1113,7 +1114,7 @@ def test_models_run_on_the_device_of_their_weights():
     assert all(output.device.type == "cuda" for output in outputs)
 
 
-def test_weight_decay_spares_what_has_no_business_at_zero():
+def test_weight_decay_is_for_matrices_and_kernels_alone():
     """Catches: decay on A_log, D, biases, norms, positions, frequencies; or none at all."""
     pixels = PixelLM([MambaBlock(8, n=4), S4Block(8, n=4)], 8)
     for model in (MambaLM(65, layers=1), VisionMamba(16, layers=1), pixels, S4(4)):
@@ -1149,15 +1150,15 @@ DIGITS = f"train_mnist.py --data synthetic {SMALL} --batch 16 --patch 7 --stem p
 OWN = f"train_mnist.py --dataset shapes {SMALL} --batch 12 --patch 3 --stem patch"
 TEXT = f"train_shakespeare.py --text poem.txt {SMALL} --batch 4 --length 16"
 GRU = f"{TEXT} --model gru --hidden 8"
-HELP = "train_shakespeare.py --quick --batch 64 --length 256 --d-model 16 --layers 1"
-IMAGES = "checkpoints/mnist-own-shapes-bidirectional-seed0.pt"     # what OWN saves
-LANGUAGE = "checkpoints/text-poem-mamba-seed0.pt"                  # what TEXT saves
+PYDOC = "train_shakespeare.py --quick --batch 64 --length 256 --d-model 16 --layers 1"
+OWN_CHECKPOINT = "checkpoints/mnist-own-shapes-bidirectional-seed0.pt"     # what OWN saves
+TEXT_CHECKPOINT = "checkpoints/text-poem-mamba-seed0.pt"                  # what TEXT saves
 POEM = "Shall I compare thee to a summer's day? Thou art more lovely and more temperate. "
 
 
 @functools.lru_cache
 def digits(train=128, test=130):
-    """Synthetic digits, made once. These test images are a part of 125, and five more."""
+    """Synthetic digits, made once. evaluate reads 125 test images at a time: five are left over."""
     return synthetic_digits(train, test)
 
 
@@ -1236,7 +1237,7 @@ def losses(saved):
 
 
 def learned(path):
-    """Losses, scores, weights and averages of a checkpoint: all but its seconds."""
+    """From a checkpoint: losses, scores, weights and averaged weights."""
     saved = torch.load(path)
     weights = [*saved["model"].values(), *saved["average"].values()]
     return [losses(saved), saved["scores"], weights]
@@ -1251,14 +1252,14 @@ def averaged(path, data):
 
 
 def same_size(name, models, share=0.01):
-    """The models {name: module} have the same number of parameters, to 1 %."""
+    """The models {name: module} have the same number of parameters, up to this share."""
     sizes = {model: training.count_parameters(module) for model, module in models.items()}
     print(f"    {name}: {sizes}")
     assert max(sizes.values()) < (1 + share) * min(sizes.values())
 
 
 def test_all_models_of_a_table_have_one_budget_and_begin_with_a_blind_guess():
-    """Catches: a large model beside a small one, one that is sure before it has seen."""
+    """Catches: a large model beside a small one, one that does not start at ln(classes)."""
     for name in ("mnist", "pixels", "next-pixel", "cifar10"):      # the poster's differ
         models = {}
         for row, changes in ROWS[name].items():
@@ -1390,7 +1391,7 @@ def test_each_image_is_warped_or_shifted_and_mirrored_by_an_amount_of_its_own():
 # same; they differ in the loss of a step, and in the scores.
 
 def plain_loop(recipe, steps, model, draws, loss_of):
-    """Train the model on loss_of(step): -> averaged model, losses. draws: what is drawn."""
+    """Train on loss_of(step): -> averaged model, losses. draws: what `train` seeds a step for."""
     average = copy.deepcopy(model).requires_grad_(False)
     groups = parameter_groups(model, recipe["weight_decay"])
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
@@ -1532,10 +1533,10 @@ def test_what_is_held_out_is_not_trained_on():
             ("--holdout 50", x[:78], x[78:]),
             ("--limit 64", x[:64], data.test_images),
             ("--holdout 50 --limit 64", x[:64], x[78:])):
-        left = train_mnist.shrink(data, *train_mnist.parse(flags.split()))
-        close(left.name, [left.train_images, left.test_images], [train, test])
-        close("labels", left.train_labels, data.train_labels[:len(train)])
-        assert len(left.test_labels) == len(test)
+        shrunk = train_mnist.shrink(data, *train_mnist.parse(flags.split()))
+        close(shrunk.name, [shrunk.train_images, shrunk.test_images], [train, test])
+        close("labels", shrunk.train_labels, data.train_labels[:len(train)])
+        assert len(shrunk.test_labels) == len(test)
 
 
 def test_no_two_trainings_share_a_file():
@@ -1558,8 +1559,8 @@ def test_no_two_trainings_share_a_file():
 
 def test_a_training_that_is_killed_anywhere_and_resumed_ends_in_the_same_weights():
     """Catches: a checkpoint without the optimizer, the average, or a text's states."""
-    gru = LANGUAGE.replace("mamba", "gru")
-    for line, path in ((OWN, IMAGES), (TEXT, LANGUAGE), (GRU, gru)):
+    gru = TEXT_CHECKPOINT.replace("mamba", "gru")
+    for line, path in ((OWN, OWN_CHECKPOINT), (TEXT, TEXT_CHECKPOINT), (GRU, gru)):
         script = sys.modules[line.split(".py")[0]]
         batch = script.batch
 
@@ -1591,7 +1592,7 @@ def test_two_processes_equal_one():
     here = os.path.dirname(os.path.abspath(train_mnist.__file__))
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     settings = {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for line, path in ((f"{OWN} --position none", IMAGES), (TEXT, LANGUAGE)):
+    for line, path in ((f"{OWN} --position none", OWN_CHECKPOINT), (TEXT, TEXT_CHECKPOINT)):
         with workplace():
             ended = subprocess.run(
                 [sys.executable, *torchrun, *f"{here}/{line}".split()],
@@ -1643,15 +1644,16 @@ def test_a_trained_model_tells_the_classes_of_pictures():
     with workplace():
         runs(f"{OWN} --lr 0.1")              # the last weights are not the averaged ones
         data = load_folder("shapes", 0)
-        model, task = averaged(IMAGES, data)
+        model, task = averaged(OWN_CHECKPOINT, data)
         Path("shapes/test/a/54.png").write_text("damaged")
         for flag, images in (("", data.test_images), ("--invert", 255 - data.test_images)):
             status, printed, complaints = command(
                 f"train_mnist.py --predict shapes/test/a shapes/test/b/49.png {flag}")
             assert status == 1
             assert "train_mnist.py: cannot read shapes/test/a/54.png" in complaints
-            inputs, _ = task.prepare(images[[0, 1, 3, 4, 5, 6, 7, 8]], None)
-            chances, guesses = model(inputs).softmax(-1).max(-1)
+            # test/a is images 0 to 7, of which 54.png is number 2; image 8 is 49.png.
+            shown, _ = task.prepare(images[[0, 1, 3, 4, 5, 6, 7, 8]], None)
+            chances, guesses = model(shown).softmax(-1).max(-1)
             lines = printed.splitlines()
             print(f"    {lines[0]}")
             for line, chance, guess in zip(lines, chances, guesses, strict=True):
@@ -1685,14 +1687,14 @@ def test_a_tiny_text_is_memorised_measured_and_written():
         assert "| stream |" in printed
         in_table("text-poem-mamba", rows, line)
         wrote("figures/text-poem-mamba.png")
-        saved = torch.load(LANGUAGE)
+        saved = torch.load(TEXT_CHECKPOINT)
         for way, nats in zip(("stream", "block"), saved["scores"][-1]):
             assert rows[0][f"val_loss_{way}"] == f"{nats:.4f}"
             assert rows[0][f"val_bits_{way}"] == f"{nats / math.log(2):.4f}"
-        model, _ = train_shakespeare.load_model(LANGUAGE, torch.device("cpu"))
+        model, _ = train_shakespeare.load_model(TEXT_CHECKPOINT, torch.device("cpu"))
         weights = list(model.state_dict().values())
         close("the averaged weights", weights, list(saved["average"].values()))
-        os.remove(LANGUAGE)                  # the newest that fits is now that of seed 1
+        os.remove(TEXT_CHECKPOINT)                  # the newest that fits is now that of seed 1
         for likeliest in ("--temperature 0", "--top-k 1 --temperature 9"):
             written, _ = runs(f"train_shakespeare.py --generate Shall --tokens 75 {likeliest}")
             print(f"    {written.strip()}")
@@ -1737,7 +1739,7 @@ def test_looking_at_delta_changes_no_output_and_sees_what_the_scan_computes():
 
 def test_the_answer_to_a_haystack_is_right_by_construction_also_in_pieces():
     """Catches: an answer that is overwritten, a state dropped between pieces."""
-    # If the data were wrong, no model could be right; or one could be right for no reason.
+    # With wrong data every model would fail, or one would succeed without remembering.
     places = torch.arange(98)
     answers = torch.randint(16, (98,))
     for piece in (1, 7, None):
@@ -1856,8 +1858,8 @@ def test_delta_lies_on_the_image_where_its_token_was_read():
         columns = range(4) if backward else range(3, 7)
         assert places == [[2, column] for column in columns]
 
-    # A Δ that is the ink two tokens back. Both are larger the later the token, which must not
-    # count: it would make them agree also at other tokens.
+    # Here Δ is the ink of two tokens earlier. Both also grow from token to token. This trend must
+    # not count, or they would agree at every distance.
     later = torch.linspace(0, 1, 49)
     ink = torch.rand(30, 49) * later
     delta = 0.5 + F.pad(ink, (2, 0))[:, :49] + later
@@ -1923,10 +1925,10 @@ def test_the_commands_that_look_at_delta_write_what_they_promise():
         patch.object(torch, "set_flush_denormal"),
         patch.multiple(visualize_delta, train_step=step, random_needles=few, **less),
     ):
-        answers(f"{LOOK} digits", "checkpoints/mnist*-bidirectional-seed*.pt")
+        ends_in_one_line(f"{LOOK} digits", "checkpoints/mnist*-bidirectional-seed*.pt")
         runs(f"{DIGITS} --seed 3")
         runs(f"{DIGITS} --model s4")
-        runs(f"{HELP} --data synthetic")
+        runs(f"{PYDOC} --data synthetic")
         saved = torch.load(path)
         pair = visualize_delta.make_pair(saved, lambda: build(saved["recipe"], digits())[0])
         torch.manual_seed(seed_for(3, "weights"))
@@ -1976,14 +1978,14 @@ def test_the_commands_that_look_at_delta_write_what_they_promise():
         rates = {"selective": 0.1, "rnn": 0.2}
         learners = visualize_delta.trained_learners(args, "t", rates, rates, step, CPU, steps=1)
         assert [facts["lr"] for *_, facts in learners] == [0.1, 0.2]
-        answers(f"{LOOK} copying --quick --length 48 --name copying_quick --resume", "48")
-        answers(f"{LOOK} digits --checkpoint {s4}", "no Δ")
-        answers(f"{LOOK} digits --checkpoint {path} {s4}", "the seed")
-        answers(f"{LOOK} digits --index 99", "test images of a 7", "--index")
-        answers(f"{LOOK} needle --models s4", "--name")
+        ends_in_one_line(f"{LOOK} copying --quick --length 48 --name copying_quick --resume", "48")
+        ends_in_one_line(f"{LOOK} digits --checkpoint {s4}", "no Δ")
+        ends_in_one_line(f"{LOOK} digits --checkpoint {path} {s4}", "the seed")
+        ends_in_one_line(f"{LOOK} digits --index 99", "test images of a 7", "--index")
+        ends_in_one_line(f"{LOOK} needle --models s4", "--name")
         saved["scores"].pop()
         torch.save(saved, path)
-        answers(f"{LOOK} digits", path, "finished training")
+        ends_in_one_line(f"{LOOK} digits", path, "finished training")
         step.side_effect = KeyboardInterrupt
         status, _, complaints = command(f"{LOOK} needle --quick")
         assert status == 130
@@ -1991,13 +1993,13 @@ def test_the_commands_that_look_at_delta_write_what_they_promise():
 
 
 # --------------------------------------------------------------------------------------------------
-# And on bad days: every mistake and every damage gets one clear line.
+# When something goes wrong: a mistake or a damaged file is answered in one line.
 #
 # A row is a command that a user could type, and what its answer must name: the file, and
 # what to do. A file that is damaged is never the reason for a traceback, for training on
 # what is left of it, or for running what somebody put into it.
 
-def answers(line, *words):
+def ends_in_one_line(line, *words):
     """The command ends with one line, which names the script and has all of the words."""
     message, _, _ = command(line)
     print(f"    {message}")
@@ -2017,7 +2019,7 @@ def offline():
 PREDICT = "train_mnist.py --predict"
 WRITE = "train_shakespeare.py --generate"
 MISTAKES = [  # a command, words of the answer
-    (f"{OWN} --resume --lr 1", IMAGES, "lr 0.003, not 1.0"),
+    (f"{OWN} --resume --lr 1", OWN_CHECKPOINT, "lr 0.003, not 1.0"),
     (f"{OWN} --resume --model s4", "-s4-seed0.pt", "No such file"),
     (f"{OWN} --patch 2 --stem conv", "patch 2 does not divide", "9x15"),
     (f"{OWN} --compare --state 91 --out new", "even", "91"),
@@ -2025,7 +2027,7 @@ MISTAKES = [  # a command, words of the answer
     (f"{OWN} --average nan", "average", "from 0 to 1"),
     (f"{OWN} --discretization foh --model rnn", "discretization", "foh", "zoh"),
     (f"{OWN} --compare --model rnn", "--model", "--compare"),
-    (f"{OWN} --checkpoint {IMAGES}", "--checkpoint", "--predict"),
+    (f"{OWN} --checkpoint {OWN_CHECKPOINT}", "--checkpoint", "--predict"),
     (f"{OWN} --batch 49", "48 training images", "--batch"),
     (f"{OWN} --epochs 1 --batch 48", "48 training images", "two steps", "--batch"),
     (f"{OWN} --out new --lr 1e9", "not finite", "smaller --lr"),
@@ -2036,15 +2038,15 @@ MISTAKES = [  # a command, words of the answer
     (f"{TEXT} --length 98", "98 for validation", "--length"),
     (f"{TEXT} --seeds 1 --seed 0", "--seed", "--seeds"),
     (f"{DIGITS} --data real", "name resolution", "--data synthetic"),
-    (f"{HELP} --data real", "name resolution", "--data synthetic"),
+    (f"{PYDOC} --data real", "name resolution", "--data synthetic"),
     (f"{DIGITS} --size 32", "--size", "folder"),
     (f"{PREDICT} a.png --device cpu", "--device", "--predict"),
     (f"{PREDICT} a.png --model s4", "mnist*-s4-seed*.pt", "--checkpoint"),
-    (f"{PREDICT} a.png --checkpoint {LANGUAGE}", LANGUAGE, "classes"),
+    (f"{PREDICT} a.png --checkpoint {TEXT_CHECKPOINT}", TEXT_CHECKPOINT, "classes"),
     (f"{PREDICT} a.png --quick", "--quick", "--predict"),
     (f"{PREDICT} empty", "no image in empty"),
     (f"{WRITE} Ω", "prompt", "Ω"),
-    (f"{WRITE} S --checkpoint {IMAGES}", IMAGES, "no language model"),
+    (f"{WRITE} S --checkpoint {OWN_CHECKPOINT}", OWN_CHECKPOINT, "no language model"),
     (f"{WRITE} S --checkpoint nowhere.pt", "nowhere.pt"),
     (f"{WRITE} S --lr 1", "--lr", "--generate"),
     (f"{WRITE} S --resume", "--resume", "--generate"),
@@ -2090,21 +2092,21 @@ MNIST = "data/MNIST/raw/train-images-idx3-ubyte"
 SHAKESPEARE = "data/tinyshakespeare.txt"
 AUTO = DIGITS.replace("synthetic", "auto")
 DAMAGES = [  # what is done to a file, which one, the next command, words of the answer
-    (half, IMAGES, GO_ON, IMAGES, "damaged"),
-    (becomes(""), IMAGES, GO_ON, IMAGES, "damaged"),
-    (holds(Bomb()), IMAGES, GO_ON, IMAGES, "might run code"),
-    (holds([1, 2]), IMAGES, GO_ON, IMAGES, "no checkpoint"),
-    (has("log", {}), IMAGES, GO_ON, IMAGES, "no log"),
-    (has("model", {}), IMAGES, GO_ON, IMAGES, "another model"),
-    (has("optimizer", {}), IMAGES, GO_ON, IMAGES, "another model"),
-    (has("average", {"x": 1}), IMAGES, f"{PREDICT} a.png", IMAGES, "another model"),
-    (has("recipe", {}), LANGUAGE, f"{WRITE} S", LANGUAGE, "no language model"),
-    (holds(Bomb()), LANGUAGE, f"{WRITE} S", LANGUAGE, "might run code"),
-    (half, LANGUAGE, f"{TEXT} --resume", LANGUAGE, "damaged"),
+    (half, OWN_CHECKPOINT, GO_ON, OWN_CHECKPOINT, "damaged"),
+    (becomes(""), OWN_CHECKPOINT, GO_ON, OWN_CHECKPOINT, "damaged"),
+    (holds(Bomb()), OWN_CHECKPOINT, GO_ON, OWN_CHECKPOINT, "might run code"),
+    (holds([1, 2]), OWN_CHECKPOINT, GO_ON, OWN_CHECKPOINT, "no checkpoint"),
+    (has("log", {}), OWN_CHECKPOINT, GO_ON, OWN_CHECKPOINT, "no log"),
+    (has("model", {}), OWN_CHECKPOINT, GO_ON, OWN_CHECKPOINT, "another model"),
+    (has("optimizer", {}), OWN_CHECKPOINT, GO_ON, OWN_CHECKPOINT, "another model"),
+    (has("average", {"x": 1}), OWN_CHECKPOINT, f"{PREDICT} a.png", OWN_CHECKPOINT, "another model"),
+    (has("recipe", {}), TEXT_CHECKPOINT, f"{WRITE} S", TEXT_CHECKPOINT, "no language model"),
+    (holds(Bomb()), TEXT_CHECKPOINT, f"{WRITE} S", TEXT_CHECKPOINT, "might run code"),
+    (half, TEXT_CHECKPOINT, f"{TEXT} --resume", TEXT_CHECKPOINT, "damaged"),
     (half, "shapes/train/a/00.png", OWN, "00.png"),
     (becomes("P5 2 2 255 grey"), "shapes/train/c/47.png", OWN, "differ in size", "--size"),
     (becomes("P5 15 9 255 " + 135 * "g"), "shapes/train/a/00.png", GO_ON, "with dataset"),
-    (becomes(12 * POEM.upper()), "poem.txt", f"{TEXT} --resume", LANGUAGE, "with dataset"),
+    (becomes(12 * POEM.upper()), "poem.txt", f"{TEXT} --resume", TEXT_CHECKPOINT, "with dataset"),
     (becomes("café " * 99), "poem.txt", TEXT, "poem.txt", "UTF-8"),
     (becomes(POEM), "poem.txt", TEXT, "72 characters", "few"),
     (half, MNIST, AUTO, "mnist", "data", "delete"),
@@ -2125,7 +2127,7 @@ def test_a_mistake_or_a_damage_is_answered_in_one_line():
         os.mkdir("empty")
         Path("empty.txt").touch()
         for line, *words in MISTAKES:
-            answers(line, *words)
+            ends_in_one_line(line, *words)
         for path in Path("new").iterdir():
             _, _, weights = learned(path)
             assert all(weight.isfinite().all() for weight in weights)
@@ -2135,11 +2137,11 @@ def test_a_mistake_or_a_damage_is_answered_in_one_line():
         for damage, path, line, *words in DAMAGES:
             whole = Path(path).read_bytes()
             damage(path)
-            answers(line, *words)
+            ends_in_one_line(line, *words)
             Path(path).write_bytes(whole)
         assert not os.path.exists("exploded")
         with patch.object(train_mnist, "load_torchvision", side_effect=MemoryError):
-            answers(AUTO, "train_mnist.py: MemoryError")
+            ends_in_one_line(AUTO, "train_mnist.py: MemoryError")
         assert socket.getdefaulttimeout() is None
 
 
@@ -2158,7 +2160,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_never_a_weight():
     """Catches: torch.load, which compares no check sums."""
     draw = random.Random(0)
     with workplace():
-        for line, path in ((OWN, IMAGES), (TEXT, LANGUAGE)):
+        for line, path in ((OWN, OWN_CHECKPOINT), (TEXT, TEXT_CHECKPOINT)):
             runs(line)
             exact = learned(path)
             content = bytearray(Path(path).read_bytes())
@@ -2191,31 +2193,31 @@ def test_a_save_that_fails_leaves_the_old_file_whole_and_is_noticed_at_once():
     stop = KeyboardInterrupt()
     with workplace():
         runs(OWN)
-        exact = learned(IMAGES)
+        exact = learned(OWN_CHECKPOINT)
         for where, name, problem, answer in (
                 (torch, "save", stop, 130),
                 (Path, "write_bytes", stop, 130),
                 (os, "replace", stop, 130),
-                (Path, "write_bytes", disk, f"cannot write {IMAGES}: No space left")):
+                (Path, "write_bytes", disk, f"cannot write {OWN_CHECKPOINT}: No space left")):
             with patch.object(where, name, fails):
                 status, _, _ = command(f"{OWN} --resume")
             print(f"    {problem!r} in {name}: {status}")
             assert str(answer) in str(status)
-            close("the old file", learned(IMAGES), exact)
-            assert os.listdir("checkpoints") == [os.path.basename(IMAGES)]
+            close("the old file", learned(OWN_CHECKPOINT), exact)
+            assert os.listdir("checkpoints") == [os.path.basename(OWN_CHECKPOINT)]
         os.rename("checkpoints", "before")
         Path("results").touch()              # a file where a folder should be
         with patch.object(visualize_delta, "train_step", None):    # nothing is trained
             for line in (f"{OWN} --compare", f"{TEXT} --seeds 0", f"{LOOK} needle"):
-                answers(line, "cannot write to results")
+                ends_in_one_line(line, "cannot write to results")
             os.remove("results")
-            answers(f"{LOOK} needle --out poem.txt", "cannot write to poem.txt")
+            ends_in_one_line(f"{LOOK} needle --out poem.txt", "cannot write to poem.txt")
         assert not os.path.exists("checkpoints")
 
 
 def test_without_network_the_fallback_is_announced_and_labelled():
     """Catches: synthetic digits reported as MNIST, help texts as Shakespeare."""
-    for line, name in ((AUTO, "synthetic-digits"), (HELP, "synthetic-pydoc-quick")):
+    for line, name in ((AUTO, "synthetic-digits"), (PYDOC, "synthetic-pydoc-quick")):
         with workplace(), offline():
             printed, (row,) = runs(line)
         assert "SYNTHETIC" in printed
