@@ -125,6 +125,7 @@ def draw_gates(name, panels, marks, title, labels=None, strip=None, size=(3.2, 1
     marks    (l,) bool: the tokens of which the claim speaks: drawn as triangles
     labels   {token: text} along the axis
     strip    an image (h, w) that shows the tokens, above each column
+    xlabel   what lies along the axis
     What to see: white is the resting value, red a wider gate, blue a narrower one. In each panel
     the channels are sorted: at the top those that open most at the marked tokens. A gate that
     answers to these tokens is red there and nowhere else. Untrained panels should be white; their
