@@ -608,8 +608,8 @@ def _chain(a, s, first):
     hop = 1
     while hop < s.shape[1]:
         # Entry j composes the `hop` maps that end at j, and after each round twice as many: with
-        # four pieces, j - 1 and j after the first round, all four after the second. (Hillis &
-        # Steele 1986)
+        # four pieces, j - 1 and j after the first round, all four after the second (Hillis &
+        # Steele 1986).
         s = torch.cat([s[:, :hop], torch.addcmul(s[:, hop:], a[:, hop:], s[:, :-hop])], 1)
         a = torch.cat([a[:, :hop], a[:, hop:] * a[:, :-hop]], 1)
         hop *= 2

@@ -305,7 +305,8 @@ def log_step(log, loss, right, start, steps):
     seconds = log[-1][2] if log else 0.0
     seconds += time.perf_counter() - start
     log.append((loss.item(), right.item(), seconds))
-    if len(log) % 20 == 0 and sys.stdout.isatty():
+    on_screen = sys.stdout is not None and sys.stdout.isatty()     # None: it was closed by >&-
+    if len(log) % 20 == 0 and on_screen:
         print(progress(log, steps, 100), end="  \r", flush=True)   # blanks: a line may shrink
 
 
@@ -532,4 +533,8 @@ def run_script(script, run, after_stop):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(130)
     except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f"{script}: {first_line(error)}")
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):      # PyTorch's words where a CPU has too little
+            raise
         sys.exit(f"{script}: {first_line(error)}")
